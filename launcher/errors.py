@@ -1,0 +1,68 @@
+"""What a user's mistake looks like: one problem, many problems at once, and the exit codes that scripts rely on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+EXIT_FINISHED = 0
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped with a durable checkpoint, start me again
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the command line prints the text alone, without a traceback, and exits with 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with a recipe.
+
+    key: dotted key, as `train.global_batch_size`
+    value: what the user gave
+    expected: what is allowed there, without a full stop
+    fix: what to write instead, a sentence
+    where: `file.yaml:14`, or the argument; empty when the value is a default
+    """
+
+    key: str
+    value: Any
+    expected: str
+    fix: str = ""
+    where: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        fix = f" {self.fix}" if self.fix else ""
+        return f"{place}{self.key} = {show_value(self.value)}: expected {self.expected}.{fix}"
+
+
+class RecipeError(UserError, ValueError):
+    """Everything that is wrong with a recipe, at once; `key` and `value` are those of the first problem."""
+
+    def __init__(self, problems: Iterable[Problem], source: str = "recipe") -> None:
+        self.problems: Sequence[Problem] = tuple(problems)
+        self.source = source
+        self.key = self.problems[0].key
+        self.value = self.problems[0].value
+        count = len(self.problems)
+        title = f"{source}: {count} problem{'s' if count != 1 else ''}"
+        super().__init__("\n".join([title, *(f"  {problem}" for problem in self.problems)]))
+
+
+def show_value(value: Any) -> str:
+    """A value as YAML would show it: null, true, bare words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the closest of `allowed`, or an empty string."""
+    match = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f"Did you mean '{match[0]}'?" if match else ""

@@ -1,0 +1,56 @@
+"""Section `train`: how long and in what portions the model learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from launcher.errors import Problem
+
+MISSING = "???"
+
+
+@dataclass(kw_only=True, slots=True)
+class Train:
+    """How long and in what portions the model learns.
+
+    global_batch_size: rows in one optimizer step, over all ranks
+    micro_batch_size: rows on one rank in one forward pass; accumulation follows
+    max_steps: optimizer steps; null: set by epochs
+    epochs: passes over the training rows, fractions allowed; null: set by max_steps
+    seed: decides random weights, row order and dropout
+    precision: type of the arithmetic; auto: bf16 where the device computes it natively, else fp32
+    max_grad_norm: clip the gradient of the whole model to this norm; null: never
+    eval_every_steps: evaluate each so many steps and at the end; null: at the end only
+    on_nonfinite: a loss or gradient that is not finite ends the run (stop) or drops that step's update (skip)
+    """
+
+    global_batch_size: int = MISSING  # type: ignore[assignment]
+    micro_batch_size: int = 1
+    max_steps: int | None = None
+    epochs: float | None = None
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    max_grad_norm: float | None = 1.0
+    eval_every_steps: int | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+
+
+def check(train: Train) -> Iterator[Problem]:
+    """Rules of this section alone."""
+    for key in ("global_batch_size", "micro_batch_size"):
+        if getattr(train, key) < 1:
+            yield Problem(f"train.{key}", getattr(train, key), "1 row or more")
+    if (train.max_steps is None) == (train.epochs is None):
+        yield Problem("train.max_steps", train.max_steps, "either train.max_steps or train.epochs", "Give one of them.")
+    if train.max_steps is not None and train.max_steps < 1:
+        yield Problem("train.max_steps", train.max_steps, "1 step or more")
+    if train.epochs is not None and train.epochs <= 0:
+        yield Problem("train.epochs", train.epochs, "a number above 0")
+    if train.max_grad_norm is not None and train.max_grad_norm <= 0:
+        yield Problem("train.max_grad_norm", train.max_grad_norm, "a number above 0", "Write null to leave gradients unclipped.")
+    if train.eval_every_steps is not None and train.eval_every_steps < 1:
+        yield Problem("train.eval_every_steps", train.eval_every_steps, "1 step or more, or null")
+    if train.seed < 0:
+        yield Problem("train.seed", train.seed, "0 or more")
