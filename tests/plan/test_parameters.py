@@ -1,0 +1,109 @@
+"""The parameter formulas against models that transformers builds on the meta device."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from launcher.plan.parameters import _BUILDERS, _FAMILIES, count, read_config, unknown_family, weights
+
+SMALL = {
+    "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "vocab_size": 131,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+NEOX = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
+CASES = [
+    *({"model_type": family, **SMALL} for family in sorted(_FAMILIES) if family not in ("mixtral", "qwen3_moe")),
+    {"model_type": "llama", **SMALL, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True,
+     "head_dim": 10},
+    {"model_type": "llama", "vocab_size": 64, "num_hidden_layers": 2},
+    {"model_type": "qwen2", **SMALL, "tie_word_embeddings": True},
+    {"model_type": "qwen3", **SMALL, "head_dim": 16, "attention_bias": True},
+    {"model_type": "gemma", **SMALL, "tie_word_embeddings": False},
+    {"model_type": "mixtral", **SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+    {"model_type": "qwen3_moe", **SMALL, **EXPERTS},
+    {"model_type": "qwen3_moe", **SMALL, **EXPERTS, "decoder_sparse_step": 2, "mlp_only_layers": [1]},
+    {"model_type": "gpt2", "n_embd": 48, "n_layer": 3, "n_head": 4, "vocab_size": 131, "n_positions": 64},
+    {"model_type": "gpt2", "n_embd": 48, "n_layer": 3, "n_head": 4, "vocab_size": 131, "n_inner": 100},
+    {"model_type": "gpt_neox", **NEOX},
+    {"model_type": "gpt_neox", **NEOX, "attention_bias": False},
+]  # fmt: skip
+
+
+def shapes_on_meta(config: dict) -> Counter[tuple[int, ...]]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{"pad_token_id": None, **config}))
+    return Counter(tuple(p.shape) for p in model.parameters())
+
+
+@pytest.mark.parametrize("config", CASES, ids=lambda c: c["model_type"] + "-" + str(len(c)))
+def test_formula_gives_exactly_the_shapes_of_the_model_on_the_meta_device(config):
+    formula: Counter[tuple[int, ...]] = Counter()
+    for weight in weights(config) or []:
+        formula[weight.shape] += weight.times
+    assert formula == shapes_on_meta(config)
+
+
+def test_every_family_with_a_formula_is_compared_with_transformers():
+    assert {case["model_type"] for case in CASES} == {*_FAMILIES, *_BUILDERS}
+
+
+LLAMA3_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+}  # fmt: skip
+
+
+def test_llama3_8b_costs_51_gflop_a_token_at_8192_as_published_tables_imply():
+    parameters = count(LLAMA3_8B, 8192)
+    assert parameters is not None
+    assert parameters.total == 8_030_261_248
+    assert parameters.flops_per_token == pytest.approx(51.47e9, rel=1e-3)
+
+
+def test_tied_head_is_counted_once_but_costs_its_product():
+    tied, untied = count(LLAMA3_8B | {"tie_word_embeddings": True}, 512), count(LLAMA3_8B, 512)
+    assert tied is not None
+    assert untied is not None
+    assert untied.total - tied.total == 128256 * 4096
+    assert untied.flops_per_token == tied.flops_per_token
+
+
+def test_mixture_of_experts_costs_only_the_experts_a_token_uses():
+    config = {"model_type": "mixtral"}
+    one, two = count(config | {"num_experts_per_tok": 1}, 128), count(config | {"num_experts_per_tok": 2}, 128)
+    assert one is not None
+    assert two is not None
+    assert two.flops_per_token - one.flops_per_token == pytest.approx(6 * 32 * 3 * 4096 * 14336)
+
+
+def test_unknown_family_says_which_ones_are_known():
+    assert count({"model_type": "mamba"}, 128) is None
+    assert "mamba" in unknown_family({"model_type": "mamba"})
+    assert "llama" in unknown_family({"model_type": "mamba"})
+
+
+def test_config_is_read_from_a_folder_or_the_hub_cache_and_a_missing_one_says_so(tmp_path: Path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA3_8B))
+    assert read_config(str(tmp_path / "model"), None) == (LLAMA3_8B, "")
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    config, note = read_config("org/small", None)
+    assert config is None
+    assert "org/small" in note
+
+    snapshot = tmp_path / "hub" / "models--org--small" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(SMALL))
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    assert read_config("org/small", None) == (SMALL, "")
+    assert read_config("org/small", None, revision="abc") == (SMALL, "")
