@@ -22,7 +22,8 @@ _NUM_ANSWERS = 3
 _LAUNCHER = [sys.executable, "-m", "launcher"]
 
 
-def main() -> None:
+def main(changes: list[str]) -> None:
+    """The whole demo; `changes` are recipe keys as key=value, with which the result is not held to its promise."""
     began = time.monotonic()
     _FOLDER.mkdir(exist_ok=True)
     recipe = _build_inputs()
@@ -30,17 +31,18 @@ def main() -> None:
     if run.exists():
         print(f"The demo's earlier run in {run} makes room for this one.")
         shutil.rmtree(run)
-    changes = ["cluster.nproc_per_node=" + str(_num_processes())]
 
     _title("train, and be asked to stop half-way, as a preemption would")
-    _train(["run", recipe.name, *changes], stop_at_half=run)
+    _train(["run", recipe.name, f"cluster.nproc_per_node={_num_processes()}", *changes], stop_at_half=run)
     _title("resume")
     _train(["resume", str(run.relative_to(_FOLDER))])
     _title("export")
     _call(["export", str(run.relative_to(_FOLDER))], expected=EXIT_FINISHED)
     _title("three held-out questions, answered by the exported folder with plain transformers")
     _show_answers(run / "final")
-    _summary(run, minutes=(time.monotonic() - began) / 60)
+    fall = _summary(run, minutes=(time.monotonic() - began) / 60)
+    if fall < 0.4 and not changes:
+        sys.exit(f"the evaluation loss fell by {fall:.0%}; at least 40 % was expected")
 
 
 def _build_inputs() -> Path:
@@ -124,7 +126,8 @@ def _show_answers(folder: Path) -> None:
         print(f"Q: {question}\nA: {answer.strip()}\n   (documentation: {truth})\n")
 
 
-def _summary(run: Path, *, minutes: float) -> None:
+def _summary(run: Path, *, minutes: float) -> float:
+    """Print what happened; returns by which share the evaluation loss fell."""
     metrics = _metrics(run)
     training = [m for m in metrics if "loss" in m]
     first, second = ([m for m in training if m["attempt"] == attempt] for attempt in (1, 2))
@@ -146,8 +149,7 @@ def _summary(run: Path, *, minutes: float) -> None:
         ("logs", run / "logs"),
     ):
         print(f"  {name:16} {text}")
-    if fall < 0.4:
-        sys.exit(f"the evaluation loss fell by {fall:.0%}; at least 40 % was expected")
+    return fall
 
 
 def _title(text: str) -> None:
@@ -155,4 +157,4 @@ def _title(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
