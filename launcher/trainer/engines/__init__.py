@@ -1,0 +1,112 @@
+"""The engines by name, the protocol they keep, and the build that is the same for all: skeleton, memory, weights."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from launcher.errors import UserError
+from launcher.trainer.model import TrainedModel
+from launcher.trainer.objectives import Batch
+
+if TYPE_CHECKING:
+    from launcher.recipe.schema import Recipe
+    from launcher.trainer.checkpoint.format import Piece
+
+ENGINES = {
+    "ddp": "launcher.trainer.engines.ddp",
+    "fsdp2": "launcher.trainer.engines.fsdp2",
+}
+
+
+class Engine(Protocol):
+    """How model state lies on the ranks, behind what the loop and the checkpoint need."""
+
+    device: torch.device
+
+    def forward_backward(self, batch: Batch, *, loss_scale: float, sync: bool) -> Tensor:
+        """Add this micro-batch's gradient; returns its sum of weighted nll, 0-d float64, detached, on the device.
+
+        Gradients are averaged over the ranks, so for L = sum / W the loop passes loss_scale = world_size / W.
+        With `sync` (the last micro-batch of a step) the ranks' gradients are reduced.
+        """
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The same sum without gradients and without dropout."""
+
+    def clip_and_step(self, lr: float, max_norm: float | None) -> Tensor:
+        """Update the weights; returns the norm of the global gradient before clipping, 0-d, on the device.
+
+        A gradient that is not finite changes nothing, decided on the device; `nonfinite` then holds 1.
+        """
+
+    nonfinite: Tensor  # 0-d float64, 1 when the last step was dropped for a reason other than the fp16 loss scale
+
+    def ensure_state(self) -> None:
+        """Make moments exist and every parameter be in its sharded place, so that `pieces` shows all of the state."""
+
+    def pieces(self) -> Iterable[Piece]:
+        """Live 1-D views of this rank's values and moments; the same list serves writing and reading in place."""
+
+    def set_step(self, step: int) -> None:
+        """Set the optimizer's count of updates."""
+
+    def refresh(self) -> None:
+        """Called after state was written in place."""
+
+    def parameter_shapes(self) -> dict[str, dict[str, Any]]:
+        """Hugging Face name -> {shape, dtype, trainable}."""
+
+    def trainer_state(self) -> dict[str, Any]:
+        """What beside the pieces must survive: the optimizer's count, the fp16 loss scale. Waits for the device."""
+
+    def load_trainer_state(self, state: dict[str, Any]) -> None:
+        """Take back what `trainer_state` gave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Type of the arithmetic and the reason for it."""
+
+    compute: torch.dtype
+    reason: str
+
+
+def choose_precision(requested: str, dtype: str, device: torch.device) -> Precision:
+    """What `train.precision` means for weights of `model.dtype` on this device.
+
+    Raises:
+        UserError: bf16 weights with another precision.
+    """
+    if dtype == "bf16":
+        if requested in ("fp32", "fp16"):
+            raise UserError(
+                f"train.precision = {requested}: expected auto or bf16 with model.dtype=bf16. Or use model.dtype=fp32, the master copy."
+            )
+        return Precision(torch.bfloat16, "weights are bf16 (model.dtype)")
+    if requested == "auto":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        why = "this GPU computes bf16 natively" if native else f"no native bf16 on this {device.type}"
+        return Precision(torch.bfloat16 if native else torch.float32, f"auto: {why}")
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return Precision(types[requested], "asked for in the recipe")
+
+
+def build(
+    recipe: Recipe, module: TrainedModel, *, device: torch.device, precision: Precision, weights: dict[str, Tensor] | None, fill: bool
+) -> Engine:
+    """The engine of `strategy.kind` around a skeleton.
+
+    Args:
+        weights: on the job's one reader, by Hugging Face name; None elsewhere
+        fill: hand the reader's weights out; False when a checkpoint will be loaded into the memory instead
+    """
+    engine: Engine = importlib.import_module(ENGINES[recipe.strategy.kind]).build(
+        recipe, module, device=device, precision=precision, weights=weights, fill=fill
+    )
+    return engine

@@ -1,0 +1,200 @@
+"""What DDP and FSDP2 share: one forward and backward, the clipped and guarded step, live pieces of state, handing out weights."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from launcher.trainer.model import TrainedModel, hugging_face_name, persistent_buffers
+from launcher.trainer.objectives import Batch
+from launcher.trainer.optim import LossScale, build_adamw
+
+if TYPE_CHECKING:
+    from launcher.recipe.schema import Recipe
+    from launcher.trainer.checkpoint.format import Piece
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class TorchEngine:
+    """Torch parameters, torch's fused AdamW; subclasses say how gradients meet.
+
+    Args:
+        module: with real memory and weights
+        forward_module: what is called in training: the module itself, or its DDP wrapper
+        compute: type of the arithmetic; autocast does it where `autocast` is set
+    """
+
+    def __init__(
+        self, recipe: Recipe, module: TrainedModel, forward_module: nn.Module, *, device: torch.device, compute: torch.dtype, autocast: bool
+    ) -> None:
+        self.module, self.forward_module, self.device = module, forward_module, device
+        self.compute, self.autocast = compute, autocast
+        self.optimizer = build_adamw(recipe.optimizer, module)
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.loss_scale = LossScale.start(device) if compute == torch.float16 else None
+        self.nonfinite = torch.zeros((), dtype=torch.float64, device=device)
+
+    def forward_backward(self, batch: Batch, *, loss_scale: float, sync: bool) -> Tensor:
+        """See Engine."""
+        self.module.train()
+        with self.gradient_sync(sync):
+            with self._autocast():
+                total = self.forward_module(batch)
+            # a loss that is not finite spoils the gradient on purpose: the reduction then tells every rank
+            scale = torch.where(torch.isfinite(total.detach()), loss_scale, math.nan)
+            if self.loss_scale is not None:
+                scale = scale * self.loss_scale.value
+            (total * scale).backward()
+        return total.detach()
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """See Engine."""
+        self.module.eval()
+        with torch.no_grad(), self._autocast():
+            return self.module(batch).detach()  # type: ignore[no-any-return]
+
+    def clip_and_step(self, lr: float, max_norm: float | None) -> Tensor:
+        """See Engine. Clipping and the fp16 scale ride on the fused step's own division of the gradient."""
+        norm = self._gradient_norm()
+        if self.loss_scale is not None:
+            norm = norm / self.loss_scale.value.to(norm.device)
+        bad = ~torch.isfinite(norm)
+        divisor = torch.ones_like(norm) if max_norm is None else torch.clamp((norm + 1e-6) / max_norm, min=1.0)
+        if self.loss_scale is not None:
+            divisor = divisor * self.loss_scale.value.to(norm.device)
+        self.optimizer.grad_scale = None if max_norm is None and self.loss_scale is None else divisor.float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        dropped = bad.to(self.device)
+        self.nonfinite = (dropped if self.loss_scale is None else self.loss_scale.update(dropped)).double()
+        return norm
+
+    def gradient_sync(self, sync: bool) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward: whether the ranks' gradients are reduced in it."""
+        raise NotImplementedError
+
+    def reduce_squares(self, squares: Tensor) -> Tensor:
+        """Sum of squares over the ranks that hold different parts; the same tensor where each holds all."""
+        return squares
+
+    def reshard(self) -> None:
+        """Put gathered parameters back into their shards."""
+
+    def ensure_state(self) -> None:
+        """See Engine."""
+        self.reshard()
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if not self.optimizer.state[p]:
+                    step = torch.zeros((), dtype=torch.float32, device=_local(p).device)
+                    self.optimizer.state[p] = {"step": step, **{kind: torch.zeros_like(p) for kind in MOMENTS}}
+
+    def pieces(self) -> Iterator[Piece]:
+        """See Engine; call `ensure_state` first."""
+        from launcher.trainer.checkpoint.format import Piece
+
+        for name, p in self.module.named_parameters():
+            local, start, (replica, replicas) = place(p)
+            yield Piece(hugging_face_name(name), "value", start, local, replica, replicas)
+            for kind in MOMENTS if p.requires_grad else ():
+                moment = place(self.optimizer.state[p][kind])[0]
+                yield Piece(hugging_face_name(name), kind, start, moment, replica, replicas)
+        for name, buffer in persistent_buffers(self.module):
+            yield Piece(hugging_face_name(name), "buffer", 0, buffer.view(-1), dist.get_rank(), dist.get_world_size())
+
+    def set_step(self, step: int) -> None:
+        """See Engine."""
+        self.ensure_state()
+        for state in self.optimizer.state.values():
+            state["step"].fill_(step)
+
+    def refresh(self) -> None:
+        """Nothing: the next forward gathers and casts what was written."""
+
+    def parameter_shapes(self) -> dict[str, dict[str, Any]]:
+        """See Engine."""
+        return {
+            hugging_face_name(name): {
+                "shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch."), "trainable": p.requires_grad,
+            }
+            for name, p in self.module.named_parameters()
+        }  # fmt: skip
+
+    def trainer_state(self) -> dict[str, Any]:
+        """See Engine."""
+        steps = {int(state["step"].item()) for state in self.optimizer.state.values()}
+        scale = self.loss_scale
+        return {
+            "optimizer_step": max(steps, default=0),
+            "loss_scale": None if scale is None else [float(scale.value), float(scale.good)],
+        }
+
+    def load_trainer_state(self, state: dict[str, Any]) -> None:
+        """See Engine; another precision than the saved one begins its own loss scale."""
+        self.set_step(int(state["optimizer_step"]))
+        if self.loss_scale is not None and state.get("loss_scale"):
+            value, good = state["loss_scale"]
+            self.loss_scale = LossScale.start(self.device, value, good)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.compute) if self.autocast else contextlib.nullcontext()
+
+    def _gradient_norm(self) -> Tensor:
+        grads = [_local(p.grad) for p in self.parameters if p.grad is not None]
+        if not grads:
+            return torch.zeros((), device=self.device)
+        norms = torch._foreach_norm(grads, 2.0, dtype=torch.float32)
+        squares = torch.stack(list(norms)).double().square().sum()
+        return self.reduce_squares(squares).sqrt().float()
+
+
+def place(t: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
+    """(local 1-D view, its start in the flattened tensor, (replica, replicas)) of a plain tensor or an FSDP2 DTensor.
+
+    Shards are whole leading rows, ceil-sized as torch.chunk makes them, so late ranks may hold none.
+    """
+    if not isinstance(t, DTensor):
+        return t.detach().view(-1), 0, (dist.get_rank(), dist.get_world_size())
+    start, replica, replicas, rows = 0, 0, 1, t.shape[0]
+    for axis, placement in enumerate(t.placements):
+        size, index = t.device_mesh.size(axis), t.device_mesh.get_local_rank(axis)
+        if placement.is_replicate():
+            replica, replicas = replica * size + index, replicas * size
+        elif placement.is_shard(0):
+            start = min(index * -(-rows // size), rows)
+        else:
+            raise ValueError(f"{t.placements}: not one flat range")
+    return t.to_local().detach().view(-1), start * math.prod(t.shape[1:]), (replica, replicas)
+
+
+def hand_out(module: nn.Module, weights: dict[str, Tensor] | None, device: torch.device) -> None:
+    """Fill every rank's parameters from rank 0's, one parameter at a time: nobody else ever holds the whole model.
+
+    Args:
+        weights: on rank 0, by Hugging Face name; None on the others
+        device: where the broadcast runs; the shards may lie elsewhere
+    """
+    tensors = [*module.named_parameters(), *persistent_buffers(module)]
+    for name, tensor in tensors:
+        if weights is not None:
+            full = weights[hugging_face_name(name)].to(device=device, dtype=tensor.dtype).contiguous()
+        else:
+            full = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        dist.broadcast(full, src=0)
+        local, start, _ = place(tensor)
+        local.copy_(full.view(-1)[start : start + local.numel()])
+
+
+def _local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t

@@ -1,0 +1,92 @@
+"""How a gradient becomes an update: parameter groups, the learning rate as a pure function of the step, the loss scale of fp16."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from launcher.recipe.schema import Optimizer
+
+WSD_DECAY_SHARE = 0.1  # of all steps, at the end
+
+
+def warmup_steps(optimizer: Optimizer, total_steps: int) -> int:
+    """Steps of linear warm-up, from either key."""
+    if optimizer.warmup_steps is not None:
+        return optimizer.warmup_steps
+    return round((optimizer.warmup_ratio or 0.0) * total_steps)
+
+
+def learning_rate(optimizer: Optimizer, step: int, total_steps: int) -> float:
+    """The rate of the update that follows `step` finished ones (0 for the first).
+
+    The first warm-up step is not wasted: it has lr / warmup. The last step of cosine and linear ends at min_lr_ratio.
+    """
+    warmup = warmup_steps(optimizer, total_steps)
+    if step < warmup:
+        return optimizer.lr * (step + 1) / warmup
+    floor = optimizer.min_lr_ratio
+    done = min(1.0, (step - warmup + 1) / max(1, total_steps - warmup))
+    if optimizer.schedule == "constant":
+        share = 1.0
+    elif optimizer.schedule == "linear":
+        share = 1.0 - done * (1.0 - floor)
+    elif optimizer.schedule == "cosine":
+        share = floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+    else:
+        decay = max(1, round(WSD_DECAY_SHARE * total_steps))
+        share = floor + (1.0 - floor) * min(1.0, max(0, total_steps - step - 1) / decay)
+    return optimizer.lr * share
+
+
+def build_adamw(optimizer: Optimizer, module: nn.Module) -> torch.optim.AdamW:
+    """Fused AdamW over the trained parameters: decay on matrices only, not on norms and biases.
+
+    The fused form runs on CPU and GPU and skips an update on the device when its `found_inf` is set.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (optimizer.betas[0], optimizer.betas[1])
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True)
+
+
+@dataclass(slots=True)
+class LossScale:
+    """The dynamic loss scale of fp16, kept on the device so that nobody waits for it.
+
+    value: 0-d float32, what the loss is multiplied by
+    good: 0-d float32, finite steps since it last changed
+    """
+
+    value: Tensor
+    good: Tensor
+    growth_interval: int = 2000
+    largest: float = 2.0**24
+
+    @classmethod
+    def start(cls, device: torch.device, value: float = 2.0**16, good: float = 0.0) -> LossScale:
+        """A scale at its beginning, or as a checkpoint gives it."""
+        return cls(torch.tensor(value, device=device), torch.tensor(good, device=device))
+
+    def update(self, overflow: Tensor) -> Tensor:
+        """Halve after an overflow, double after `growth_interval` finite steps.
+
+        Args:
+            overflow: 0-d bool, whether this step's gradient was not finite
+        Returns:
+            0-d bool: not finite although the scale could fall no further, so fp16 is not the cause.
+        """
+        exhausted = overflow & (self.value <= 1.0)
+        grown = self.good + 1 >= self.growth_interval
+        up = torch.where(grown, torch.clamp(self.value * 2, max=self.largest), self.value)
+        self.value = torch.where(overflow, torch.clamp(self.value / 2, min=1.0), up)
+        self.good = torch.where(overflow | grown, torch.zeros_like(self.good), self.good + 1)
+        return exhausted

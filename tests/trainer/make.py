@@ -1,0 +1,116 @@
+"""What trainer tests share: a tiny recipe, a store of random documents, an engine on it, and whole gradients by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from launcher.data.batches import Batches, StepBatch
+from launcher.data.packing import pack
+from launcher.data.store import Encoded, Index, Store, open_part, write_part, write_store
+from launcher.recipe.schema import Adapter, Data, Model, Objective, Optimizer, Recipe, Source, Strategy, Train
+from launcher.trainer import engines, model, objectives
+from launcher.trainer.model import hugging_face_name
+
+VOCAB = 97
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
+}  # fmt: skip
+CPU = torch.device("cpu")
+
+
+def make_recipe(kind: str = "ddp", *, config: dict[str, Any] | None = None, **changes: Any) -> Recipe:
+    """A small recipe; `changes` as `train__precision="bf16"`."""
+    recipe = Recipe(
+        model=Model(config=dict(config or LLAMA), tokenizer="none", attention="sdpa"),
+        adapter=Adapter(), objective=Objective(), data=Data(train=[Source(path="none")], seq_len=64),
+        train=Train(global_batch_size=6, micro_batch_size=1, max_steps=4, max_grad_norm=1.0, seed=5),
+        optimizer=Optimizer(lr=1e-3, weight_decay=0.1, schedule="constant"), strategy=Strategy(kind=kind),  # type: ignore[arg-type]
+    )  # fmt: skip
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        target: Any = getattr(recipe, section)
+        *path, last = name.split("__")
+        for part in path:
+            target = getattr(target, part)
+        setattr(target, last, value)
+    return recipe
+
+
+def documents_store(folder: Path, *, count: int = 60, seq_len: int = 64, masked: bool = True) -> Path:
+    """A store of packed documents of unequal lengths; with `masked`, prompts carry no weight and last tokens half of it."""
+    rng = np.random.default_rng(11)
+    lengths = rng.integers(3, 40, count)
+    encoded = Encoded()
+    for record, length in enumerate(lengths):
+        weights = np.ones(length, np.float32)
+        if masked:
+            weights[: int(rng.integers(0, length - 1))] = 0
+            weights[-1] = 0.5
+        encoded.add(rng.integers(1, VOCAB, length).astype(np.uint32), weights, file=0, record=record)
+    tokens, path = folder / "tokens", folder / "packed"
+    write_part(tokens, encoded, vocab_size=VOCAB)
+    part = open_part(tokens)
+    index = Index(
+        part=np.zeros(count, np.int32), start=part["offsets"][:-1], length=lengths.astype(np.int32), file=part["file"],
+        record=part["record"], trained=part["trained"], weight=part["weight"],
+    )  # fmt: skip
+    offsets, order = pack(lengths, seq_len)
+    write_store(
+        path, parts=[tokens], files=["made"], index=index, row_offsets=offsets, row_documents=order, seq_len=seq_len,
+        meta={"key": "made", "vocab_size": VOCAB},
+    )  # fmt: skip
+    return path
+
+
+def make_engine(recipe: Recipe, *, rank: int = 0, fill: bool = True, device: torch.device = CPU) -> tuple[Any, str]:
+    """An engine with its weights, and its attention back end; collective over the ranks."""
+    precision = engines.choose_precision(recipe.train.precision, recipe.model.dtype, device)
+    skeleton = model.build_for(
+        recipe.model, device=device, compute=precision.compute, objective_kind=recipe.objective.kind
+    )
+    weights = None
+    if fill and rank == 0:
+        weights = model.read_weights(recipe.model, skeleton.config, seed=recipe.train.seed)
+    engine = engines.build(recipe, skeleton.module, device=device, precision=precision, weights=weights, fill=fill)
+    return engine, skeleton.backend
+
+
+def batches(path: Path, recipe: Recipe, *, rank: int, world_size: int, layout: Any = "packed") -> Batches:
+    """The batches of one rank."""
+    return Batches(
+        Store.open(path), seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size,
+        micro_batch_size=recipe.train.micro_batch_size, world_size=world_size, rank=rank, total_steps=100, layout=layout,
+    )  # fmt: skip
+
+
+def forward_backward(engine: Any, data: StepBatch, *, world_size: int, backend: str = "sdpa") -> torch.Tensor:
+    """One global batch's loss and gradient; the loss's share of this rank, 0-d float64."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i, micro in enumerate(data.micro):
+        batch = objectives.to_batch(micro, backend=backend)
+        last = i == len(data.micro) - 1
+        total += engine.forward_backward(batch, loss_scale=world_size / data.weight, sync=last)
+    return total / data.weight
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor behind a shard; collective."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def gradients(engine: Any) -> dict[str, torch.Tensor]:
+    """Whole gradients by Hugging Face name; collective."""
+    named = engine.module.named_parameters()
+    return {hugging_face_name(n): whole(p.grad) for n, p in named if p.grad is not None}
+
+
+def weights_of(engine: Any) -> dict[str, torch.Tensor]:
+    """Whole weights by Hugging Face name; collective."""
+    engine.reshard()
+    return {hugging_face_name(n): whole(p) for n, p in engine.module.named_parameters()}
