@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 EXIT_FINISHED = 0
@@ -50,7 +50,15 @@ class RecipeError(UserError, ValueError):
         self.value = self.problems[0].value
         count = len(self.problems)
         title = f"{source}: {count} problem{'s' if count != 1 else ''}"
-        super().__init__("\n".join([title, *(f"  {problem}" for problem in self.problems)]))
+        lines = (f"  {_within(source, problem)}" for problem in self.problems)
+        super().__init__("\n".join([title, *lines]))
+
+
+def _within(source: str, problem: Problem) -> Problem:
+    """The problem as it reads below a title that names the file already: `line 14` for `file.yaml:14`."""
+    if problem.where.startswith(f"{source}:"):
+        return replace(problem, where="line " + problem.where.removeprefix(f"{source}:"))
+    return problem
 
 
 def show_value(value: Any) -> str:

@@ -19,7 +19,7 @@ class Cluster:
     gpu_memory_gib: memory of one GPU in GiB; null: the plan is not checked against it
     time_limit_min: minutes after which the run checkpoints and stops as if preempted; null: none
     env: names of environment variables a job needs (secrets: the name alone is ever written)
-    setup: shell lines run before the job, as `module load cuda`
+    setup: shell lines run before the job, as `module load cuda`; taken as they are, without interpolation
     """
 
     nodes: int = 1
@@ -42,5 +42,6 @@ def check(cluster: Cluster) -> Iterator[Problem]:
         yield Problem("cluster.gpu_memory_gib", cluster.gpu_memory_gib, "GiB above 0, or null")
     for name in cluster.env:
         if not name.isidentifier():
-            yield Problem("cluster.env", name.split("=")[0] + "=..." if "=" in name else name, "the name of a variable, never its value",
-                          "Export the value in the shell and write the name alone.")  # fmt: skip
+            safe = name.partition("=")[0] + ("=..." if "=" in name else "")
+            fix = "Export the value in the shell and write the name alone."
+            yield Problem("cluster.env", safe, "the name of a variable, never its value", fix)

@@ -76,7 +76,9 @@ def check(data: Data) -> Iterator[Problem]:
     if not 0 <= data.eval_fraction <= 0.5:
         yield Problem("data.eval_fraction", data.eval_fraction, "a share from 0 to 0.5")
     if data.eval and data.eval_fraction:
-        yield Problem("data.eval_fraction", data.eval_fraction, "0 when data.eval names sources", "Keep one of the two.")
+        yield Problem(
+            "data.eval_fraction", data.eval_fraction, "0 when data.eval names sources", "Keep one of the two."
+        )
     if data.seq_len < 2:
         yield Problem("data.seq_len", data.seq_len, "2 tokens or more")
     if data.num_workers is not None and data.num_workers < 1:

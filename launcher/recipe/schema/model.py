@@ -40,8 +40,15 @@ class Model:
 def check(model: Model) -> Iterator[Problem]:
     """Rules of this section alone."""
     if (model.name is None) == (model.config is None):
-        yield Problem("model.name", model.name, "either model.name or model.config", "Give a hub id or folder, or an architecture.")
+        yield Problem(
+            "model.name",
+            model.name,
+            "either model.name or model.config",
+            "Give a hub id or folder, or an architecture.",
+        )
     if model.config is not None and "model_type" not in model.config:
-        yield Problem("model.config", "(no model_type)", "a model_type, as in config.json", "Add e.g. model_type: llama.")
+        yield Problem(
+            "model.config", "(no model_type)", "a model_type, as in config.json", "Add e.g. model_type: llama."
+        )
     if model.config is not None and model.tokenizer is None:
         yield Problem("model.tokenizer", None, "a hub id or folder, because model.config brings no tokenizer")

@@ -46,7 +46,9 @@ def check(optimizer: Optimizer) -> Iterator[Problem]:
     if optimizer.weight_decay < 0:
         yield Problem("optimizer.weight_decay", optimizer.weight_decay, "0 or more")
     if optimizer.warmup_steps is not None and optimizer.warmup_ratio is not None:
-        yield Problem("optimizer.warmup_ratio", optimizer.warmup_ratio, "null when warmup_steps is given", "Keep one of the two.")
+        yield Problem(
+            "optimizer.warmup_ratio", optimizer.warmup_ratio, "null when warmup_steps is given", "Keep one of the two."
+        )
     if optimizer.warmup_steps is not None and optimizer.warmup_steps < 0:
         yield Problem("optimizer.warmup_steps", optimizer.warmup_steps, "0 steps or more")
     if optimizer.warmup_ratio is not None and not 0 <= optimizer.warmup_ratio <= 1:

@@ -49,7 +49,9 @@ def check(strategy: Strategy) -> Iterator[Problem]:
         if value is not None and value < 1:
             yield Problem(f"strategy.{key}", value, "1 rank or more, or null")
     if strategy.kind == "ddp" and strategy.shard not in (None, 1):
-        yield Problem("strategy.shard", strategy.shard, "1 or null with ddp, which shards nothing", "Use strategy.kind=fsdp2.")
+        yield Problem(
+            "strategy.shard", strategy.shard, "1 or null with ddp, which shards nothing", "Use strategy.kind=fsdp2."
+        )
     if strategy.kind == "ddp" and (offload.params, offload.optimizer) != ("none", "none"):
         yield Problem("strategy.offload", "cpu", "none with ddp", "Use strategy.kind=fsdp2 to offload.")
     if strategy.kind == "ddp" and not strategy.reshard_after_forward:

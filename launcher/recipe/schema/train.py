@@ -49,7 +49,9 @@ def check(train: Train) -> Iterator[Problem]:
     if train.epochs is not None and train.epochs <= 0:
         yield Problem("train.epochs", train.epochs, "a number above 0")
     if train.max_grad_norm is not None and train.max_grad_norm <= 0:
-        yield Problem("train.max_grad_norm", train.max_grad_norm, "a number above 0", "Write null to leave gradients unclipped.")
+        yield Problem(
+            "train.max_grad_norm", train.max_grad_norm, "a number above 0", "Write null to leave gradients unclipped."
+        )
     if train.eval_every_steps is not None and train.eval_every_steps < 1:
         yield Problem("train.eval_every_steps", train.eval_every_steps, "1 step or more, or null")
     if train.seed < 0:

@@ -1,0 +1,252 @@
+"""What must hold between the sections of a recipe, and `load`, which says everything that is wrong with one at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.errors import Problem, RecipeError
+from launcher.recipe.compose import DEFAULT, Composed, draft
+from launcher.recipe.paths import (
+    DATA_ENDINGS,
+    check_data_paths,
+    check_model_paths,
+    check_output_paths,
+    folder_config,
+    looks_like_path,
+    make_absolute,
+)
+from launcher.recipe.read import shown
+from launcher.recipe.schema import check_sections
+
+Rule = Callable[[Composed], Iterator[Problem]]
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Composed:
+    """A recipe that may be planned and run: composed, checked, its run named, its paths absolute.
+
+    path: a YAML file, or the bare name of a shipped recipe; overrides: `key=value` arguments
+    Raises:
+        RecipeError: every problem of composition and every broken rule, each with key, value, fix and place.
+    """
+    drafted = draft(path, overrides)
+    problems = [*drafted.problems, *check(drafted.composed, skip=drafted.broken)]
+    if problems:
+        raise RecipeError(problems, shown(drafted.composed.path))
+    recipe = drafted.composed.recipe
+    recipe.run.name = recipe.run.name or drafted.composed.path.stem
+    make_absolute(recipe)
+    return drafted.composed
+
+
+def check(composed: Composed, *, skip: Collection[str] = ()) -> list[Problem]:
+    """Every broken rule, inside a section and between sections; rules that read a section in `skip` are left out."""
+    problems = [*check_sections(composed.recipe, skip=skip)]
+    wrong = {*skip, *(problem.key.partition(".")[0] for problem in problems)}
+    for sections, rule in RULES:
+        if not set(sections) & set(skip):
+            problems += rule(composed)
+    if not problems and not wrong:
+        problems += _memory(composed)  # arithmetic on values that all make sense
+    return [p if p.where else replace(p, where=composed.where(p.key)) for p in problems]
+
+
+def _batch(composed: Composed) -> Iterator[Problem]:
+    train, world = composed.recipe.train, _world(composed)
+    portion = world * train.micro_batch_size
+    if portion < 1 or train.global_batch_size < 1 or train.global_batch_size % portion == 0:
+        return
+    allowed = f"a multiple of {portion} ({_rows(train.micro_batch_size)} x {world} rank{'s' if world > 1 else ''})"
+    near = max(1, round(train.global_batch_size / portion)) * portion
+    fix = f"Nearest: {near}."
+    if train.global_batch_size % world == 0:
+        fits = max(size for size in _divisors(train.global_batch_size // world) if size <= train.micro_batch_size)
+        fix = f"Nearest: {near}; or train.micro_batch_size={fits}."
+    yield Problem("train.global_batch_size", train.global_batch_size, allowed, fix)
+
+
+def _mesh(composed: Composed) -> Iterator[Problem]:
+    strategy, world = composed.recipe.strategy, _world(composed)
+    if world < 1:
+        return
+    cluster = composed.recipe.cluster
+    size = f"the world size {world} ({cluster.nodes} node{'s' if cluster.nodes > 1 else ''} x {cluster.nproc_per_node})"
+    replicate, shard = strategy.replicate, strategy.shard
+    if strategy.kind == "ddp":
+        if replicate not in (None, world):
+            yield Problem("strategy.replicate", replicate, f"null or {size} with ddp", "Remove the key.")
+        return
+    odd = [
+        (key, value)
+        for key, value in (("shard", shard), ("replicate", replicate))
+        if value is not None and value > 0 and world % value
+    ]
+    for key, value in odd:
+        yield Problem(f"strategy.{key}", value, f"a divisor of {size}", f"Use {_nearest_divisors(value, world)}.")
+    if not odd and replicate and shard and replicate * shard != world:
+        yield Problem(
+            "strategy.replicate", replicate, f"{world // shard}, so that replicate x shard is {size}",
+            f"Write {world // shard}, or leave one of the two out.",
+        )  # fmt: skip
+
+
+def _lengths(composed: Composed) -> Iterator[Problem]:
+    train, optimizer = composed.recipe.train, composed.recipe.optimizer
+    if train.max_steps is not None and optimizer.warmup_steps is not None and optimizer.warmup_steps > train.max_steps:
+        fix = f"Write at most {train.max_steps}, or warmup_ratio=0.03."
+        yield Problem(
+            "optimizer.warmup_steps", optimizer.warmup_steps, f"train.max_steps = {train.max_steps} steps or fewer", fix
+        )
+
+
+def _positions(composed: Composed) -> Iterator[Problem]:
+    model, seq_len = composed.recipe.model, composed.recipe.data.seq_len
+    config = model.config or folder_config(model.name) or {}
+    longest = config.get("max_position_embeddings", config.get("n_positions"))
+    if isinstance(longest, int) and seq_len > longest:
+        yield Problem("data.seq_len", seq_len, f"at most the {longest} positions of the model", f"Write {longest}.")
+
+
+def _evaluation(composed: Composed) -> Iterator[Problem]:
+    data, every = composed.recipe.data, composed.recipe.train.eval_every_steps
+    if every is not None and not data.eval and not data.eval_fraction:
+        yield Problem(
+            "train.eval_every_steps",
+            every,
+            "null, because there are no evaluation data",
+            "Give data.eval or data.eval_fraction.",
+        )
+
+
+def _checkpoints(composed: Composed) -> Iterator[Problem]:
+    checkpoint = composed.recipe.checkpoint
+    every, keep = checkpoint.every_steps, checkpoint.keep_every_steps
+    if every and keep and keep > 0 and keep % every and checkpoint.every_minutes is None:
+        near = max(1, round(keep / every)) * every
+        yield Problem(
+            "checkpoint.keep_every_steps", keep, f"a multiple of checkpoint.every_steps = {every}", f"Nearest: {near}."
+        )
+
+
+def _objective(composed: Composed) -> Iterator[Problem]:
+    data = composed.recipe.data
+    if composed.recipe.objective.kind != "pretrain":
+        return
+    if data.train_on != "all" and composed.origins["data.train_on"] is not DEFAULT:
+        yield Problem("data.train_on", data.train_on, "all, because pretrain learns every token", "Remove the key.")
+    if data.chat_template is not None:
+        yield Problem(
+            "data.chat_template",
+            data.chat_template,
+            "null, because pretrain reads plain text",
+            "Use objective.kind=sft for chats.",
+        )
+    for key, sources in (("train", data.train), ("eval", data.eval)):
+        for i, source in enumerate(sources):
+            if source.format not in ("auto", "text"):
+                yield Problem(
+                    f"data.{key}.{i}.format",
+                    source.format,
+                    "text or auto with pretrain",
+                    "Use objective.kind=sft for records with turns.",
+                )
+
+
+def _sources(composed: Composed) -> Iterator[Problem]:
+    for key, sources in (("train", composed.recipe.data.train), ("eval", composed.recipe.data.eval)):
+        for i, source in enumerate(sources):
+            if source.tags and source.format not in ("auto", "sharegpt", "messages"):
+                yield Problem(
+                    f"data.{key}.{i}.tags", source.tags, f"null with format {source.format}, which has no tags"
+                )
+            for name in ("split", "subset"):
+                if getattr(source, name) is not None and source.path.endswith(DATA_ENDINGS):
+                    value = getattr(source, name)
+                    yield Problem(
+                        f"data.{key}.{i}.{name}",
+                        value,
+                        f"null: only a hub dataset has a {name}, this is a file",
+                        "Remove the key.",
+                    )
+
+
+def _model_source(composed: Composed) -> Iterator[Problem]:
+    model = composed.recipe.model
+    if model.revision is None or (model.name is None and model.config is None):
+        return
+    if model.name is None or looks_like_path(model.name):
+        what = "a folder" if model.name else "model.config"
+        yield Problem(
+            "model.revision", model.revision, f"null with {what}: only a hub model has revisions", "Remove the key."
+        )
+
+
+def _device(composed: Composed) -> Iterator[Problem]:
+    model, cluster, train = composed.recipe.model, composed.recipe.cluster, composed.recipe.train
+    if model.dtype == "bf16" and train.precision == "fp16":
+        yield Problem("train.precision", "fp16", "auto or bf16 with model.dtype = bf16")
+    if cluster.accelerator != "cpu":
+        return
+    if train.precision == "fp16":
+        yield Problem("train.precision", "fp16", "auto, fp32 or bf16 on the CPU")
+    if model.liger is True:
+        yield Problem("model.liger", True, "auto or false on the CPU, its kernels need a GPU")
+    if model.attention in ("flash_attention_3", "flash_attention_2", "varlen"):
+        yield Problem("model.attention", model.attention, "auto, sdpa or eager on the CPU")
+    if cluster.gpu_memory_gib is not None:
+        yield Problem("cluster.gpu_memory_gib", cluster.gpu_memory_gib, "null with accelerator = cpu")
+
+
+def _memory(composed: Composed) -> Iterator[Problem]:
+    recipe = composed.recipe
+    if recipe.model.config is None and (recipe.cluster.gpu_memory_gib is None or recipe.cluster.accelerator == "cpu"):
+        return
+    from launcher.plan import make_plan, memory_problems
+
+    try:
+        plan = make_plan(recipe)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        key = "model.config" if recipe.model.config is not None else "model.name"
+        value = "{...}" if recipe.model.config is not None else recipe.model.name
+        yield Problem(key, value, f"an architecture that adds up ({type(error).__name__}: {error})")
+        return
+    yield from memory_problems(recipe, plan)
+
+
+RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
+    (("model",), _model_source),
+    (("model",), lambda composed: check_model_paths(composed.recipe)),
+    (("data",), lambda composed: check_data_paths(composed.recipe)),
+    (("run", "data"), lambda composed: check_output_paths(composed.recipe)),
+    (("data",), _sources),
+    (("objective", "data"), _objective),
+    (("model", "data"), _positions),
+    (("train", "cluster"), _batch),
+    (("train", "data"), _evaluation),
+    (("train", "optimizer"), _lengths),
+    (("strategy", "cluster"), _mesh),
+    (("checkpoint",), _checkpoints),
+    (("model", "train", "cluster"), _device),
+)
+
+
+def _world(composed: Composed) -> int:
+    return composed.recipe.cluster.nodes * composed.recipe.cluster.nproc_per_node
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' if count != 1 else ''}"
+
+
+def _divisors(number: int) -> list[int]:
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return low + [number // n for n in reversed(low) if n * n != number]
+
+
+def _nearest_divisors(value: int, world: int) -> str:
+    """The divisors next to `value`, below and above."""
+    divisors = _divisors(world)
+    below, above = [n for n in divisors if n < value], [n for n in divisors if n > value]
+    return " or ".join(str(n) for n in (*below[-1:], *above[:1]))

@@ -1,0 +1,138 @@
+"""Which words of a recipe are paths, what must lie there, and how they are made absolute; hub ids are left alone."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import Problem, nearest
+from launcher.recipe.schema import Recipe, Source
+
+DATA_ENDINGS = (".json", ".jsonl", ".parquet", ".csv", ".txt")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_GLOB = re.compile(r"[*?\[]")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def looks_like_path(word: str) -> bool:
+    """Whether a word names something on disk: begins like a path, ends like a data file, is a pattern, or exists."""
+    if word.startswith(("/", "./", "../", "~/")) or word in (".", "..", "~"):
+        return True
+    return word.endswith(DATA_ENDINGS) or bool(_GLOB.search(word)) or os.path.exists(word)
+
+
+def absolute(word: str) -> str:
+    """A path from the current directory, without links followed."""
+    return os.path.abspath(os.path.expanduser(word))
+
+
+def make_absolute(recipe: Recipe) -> None:
+    """Every path of a recipe made absolute, in place, so that a run is the same from any directory."""
+    model, data = recipe.model, recipe.data
+    recipe.run.dir = absolute(recipe.run.dir)
+    for owner, key in (
+        (model, "name"),
+        (model, "tokenizer"),
+        *((source, "path") for source in [*data.train, *data.eval]),
+    ):
+        word = getattr(owner, key)
+        if word is not None and looks_like_path(word):
+            setattr(owner, key, absolute(word))
+    for key in ("chat_template", "cache_dir"):
+        if (word := getattr(data, key)) is not None:
+            setattr(data, key, absolute(word))
+
+
+def check_model_paths(recipe: Recipe) -> Iterator[Problem]:
+    """A model or tokenizer folder that is not there or not whole; a word that is neither a path nor a hub id."""
+    for key, needed in (("name", ("config.json",)), ("tokenizer", _TOKENIZER_FILES)):
+        word = getattr(recipe.model, key)
+        if word is None:
+            continue
+        full = f"model.{key}"
+        if not looks_like_path(word):
+            yield from _hub_id(full, word)
+        elif not os.path.isdir(path := absolute(word)):
+            yield Problem(full, word, "a folder that exists, or a hub id as org/name", _beside(path))
+        elif not any(os.path.isfile(os.path.join(path, file)) for file in needed):
+            yield Problem(full, word, f"a folder with {' or '.join(needed)}", _first_inside(path))
+
+
+def check_data_paths(recipe: Recipe) -> Iterator[Problem]:
+    """Data files that are not there or of an unknown kind; a chat template that is not a file."""
+    for key, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        for i, source in enumerate(sources):
+            yield from _source(f"data.{key}.{i}.path", source)
+    template = recipe.data.chat_template
+    if template is not None and not os.path.isfile(path := absolute(template)):
+        yield Problem("data.chat_template", template, "a file with a Jinja chat template", _beside(path))
+
+
+def check_output_paths(recipe: Recipe) -> Iterator[Problem]:
+    """Folders to be written that are files."""
+    for key, word in (("run.dir", recipe.run.dir), ("data.cache_dir", recipe.data.cache_dir)):
+        if word is not None and os.path.isfile(absolute(word)):
+            yield Problem(key, word, "a folder, this is a file")
+
+
+def folder_config(name: str | None) -> dict[str, Any] | None:
+    """config.json of a model folder; None for a hub id, or a folder without a readable one."""
+    if name is None or not looks_like_path(name):
+        return None
+    try:
+        values = json.loads(Path(absolute(name), "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # `check_model_paths` says so for a missing one; an unreadable one is reported with the plan
+    return values if isinstance(values, dict) else None
+
+
+def _source(key: str, source: Source) -> Iterator[Problem]:
+    word = source.path
+    if not looks_like_path(word):
+        yield from _hub_id(key, word)
+        return
+    path = absolute(word)
+    kinds = ", ".join(DATA_ENDINGS)
+    if os.path.isdir(path):
+        if not any(name.endswith(DATA_ENDINGS) for _, _, names in os.walk(path) for name in names):
+            yield Problem(key, word, f"a folder with data files ({kinds})")
+        return
+    files = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True)) if _GLOB.search(word) else []
+    if not files:
+        yield Problem(
+            key, word, "files that match" if _GLOB.search(word) else "a file or folder that exists", _beside(path)
+        )
+    elif strange := [file for file in files if not file.endswith(DATA_ENDINGS)]:
+        name = "" if files == [path] else f" (not {os.path.basename(strange[0])})"
+        yield Problem(key, word, f"files that end in {kinds}{name}", nearest(Path(strange[0]).suffix, DATA_ENDINGS))
+
+
+def _hub_id(key: str, word: str) -> Iterator[Problem]:
+    if not _HUB_ID.fullmatch(word):
+        path = absolute(word)
+        yield Problem(key, word, "a path that exists, or a hub id as org/name", _beside(path))
+
+
+def _beside(path: str) -> str:
+    """The nearest name in the deepest folder of `path` that exists."""
+    parent, name = os.path.split(path.rstrip("/"))
+    if not os.path.isdir(parent):
+        while not os.path.isdir(parent):
+            parent, name = os.path.split(parent)
+        return f"There is no {name} in {parent}."
+    return nearest(name, os.listdir(parent))
+
+
+def _first_inside(path: str) -> str:
+    """A folder one below that may have been meant, as a run's `final` or a snapshot."""
+    inside = sorted(
+        entry.name
+        for entry in os.scandir(path)
+        if entry.is_dir() and os.path.isfile(os.path.join(entry.path, "config.json"))
+    )
+    return f"Did you mean {os.path.join(path, inside[0])}?" if inside else ""
