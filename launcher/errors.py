@@ -14,7 +14,7 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped with a durable checkpo
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the command line prints the text alone, without a traceback, and exits with 2."""
+    """A mistake that the user can mend; the command line prints the text alone, no traceback, and exits with 2."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A merged tree becomes a typed recipe: unknown keys, wrong types and missing values are complaints, never conversions."""
+"""A merged tree becomes a typed recipe; unknown keys, wrong types and missing values are complaints, not repairs."""
 
 from __future__ import annotations
 
