@@ -1,4 +1,4 @@
-"""How many parameters a model has and what a token costs, by formulas over a plain config.json, without transformers."""
+"""How many parameters a model has and what a token costs: formulas over a plain config.json, no transformers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def count(config: Config, seq_len: int) -> Parameters | None:
     """Parameters and cost of a model; None for a family without a formula.
 
     FLOPs: 6 a weight of the linear part (the input embedding is a look-up, a tied head is not) and 6 * layers * heads *
-    head_dim * seq_len for causal attention, sliding windows not deducted (PaLM, arXiv:2204.02311, appendix B, causal half).
+    head_dim * seq_len for causal attention, sliding windows not deducted (half of PaLM, arXiv:2204.02311, appendix B).
     """
     found = weights(config)
     if found is None:

@@ -1,0 +1,1 @@
+"""Starting a run: job specs, the targets that render them, and the supervisor that runs one here."""

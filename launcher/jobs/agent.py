@@ -1,0 +1,122 @@
+"""torch's own elastic agent for one attempt on one node: rendezvous, ranks from the fork server, and their end.
+
+It runs in a thread, so it installs no signal handlers: what a signal means is decided by `launcher.jobs.signals`.
+Restarts in place stay off: they wait a fixed 30 s; a new attempt costs a third of a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from launcher.jobs import rank, warm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """This node's place in the job.
+
+    rendezvous: HOST:PORT of a store that all nodes reach, made before; None: this node is alone, any free port
+    local_address: by which the other nodes reach this one
+    """
+
+    nodes: int = 1
+    rank: int = 0
+    rendezvous: str | None = None
+    local_address: str = "127.0.0.1"
+    join_timeout_s: int = 600
+
+
+class Agent:
+    """Starts at once; `done()` is true once every rank has ended, `failures()` then names the first that failed."""
+
+    def __init__(
+        self, *, run: Path, attempt: int, run_id: str, ranks: int, node: Node, environment: Mapping[str, str], log: Path
+    ) -> None:
+        self._error: BaseException | None = None
+        server = warm.server_pid()
+        assert server is not None, "warm.start() comes first"
+        arguments = (str(run), attempt, server, dict(environment))
+        self._thread = threading.Thread(
+            target=self._host, args=(f"{run_id}-a{attempt}", ranks, node, arguments, log), name="agent", daemon=True
+        )
+        self._thread.start()
+
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def failures(self) -> dict[int, str]:
+        """Rank to how it ended, of the ranks that failed first; empty when all ended well."""
+        assert self.done()
+        if self._error is None:
+            return {}
+        if found := getattr(self._error, "failures", None):
+            return {number: _ended(failure.exitcode) for number, failure in found.items()}
+        raise self._error
+
+    def _host(self, run_id: str, ranks: int, node: Node, arguments: tuple[Any, ...], log: Path) -> None:
+        try:
+            with _agent_log(log):
+                self._launch(run_id, ranks, node, arguments)
+        except BaseException as error:
+            self._error = error
+
+    def _launch(self, run_id: str, ranks: int, node: Node, arguments: tuple[Any, ...]) -> None:
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        # torch ends the other ranks of a failed one by SIGTERM and waits 30 s (torch.multiprocessing.spawn, 2.13), but
+        # our ranks take SIGTERM as a request to stop at the next step, which without their peer never comes.
+        ForkServerProcess.terminate = ForkServerProcess.kill  # type: ignore[method-assign]
+        config = LaunchConfig(
+            min_nodes=node.nodes,
+            max_nodes=node.nodes,
+            nproc_per_node=ranks,
+            run_id=run_id,
+            rdzv_backend="c10d",
+            rdzv_endpoint=node.rendezvous or "127.0.0.1:0",
+            rdzv_configs={"is_host": node.rendezvous is None, "join_timeout": node.join_timeout_s},
+            local_addr=node.local_address,
+            max_restarts=0,
+            monitor_interval=0.05,
+            start_method="forkserver",
+        )
+        elastic_launch(config, rank.train)(*arguments)
+
+
+def _ended(exit_code: int) -> str:
+    import signal
+
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    try:
+        return f"killed by {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"killed by signal {-exit_code}"
+
+
+class _agent_log:
+    """Sends what torch's agent says into a file beside the ranks' logs instead of the console."""
+
+    NAMES = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __enter__(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._handler = logging.FileHandler(self._file)
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        for name in self.NAMES:
+            logger = logging.getLogger(name)
+            logger.addHandler(self._handler)
+            logger.propagate = False
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.NAMES:
+            logging.getLogger(name).removeHandler(self._handler)
+        self._handler.close()

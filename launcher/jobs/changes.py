@@ -1,0 +1,66 @@
+"""What changed between a run's recipe and the one it is to go on with, and which changes make it another run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.errors import show_value
+
+# what a run is: other weights, another task, other samples or another order of them would not be the same training
+IDENTITY = (
+    "model.name", "model.config", "model.tokenizer", "model.revision", "model.dtype", "adapter", "objective", "data",
+    "train.seed", "train.global_batch_size",
+)  # fmt: skip
+FREE = ("data.cache_dir", "data.num_workers")  # inside `data`, yet without effect on the samples
+PLACE = ("run.name", "run.dir")  # where the run lies; it may have been moved
+PREPARED = (*IDENTITY, "train.max_steps", "train.epochs")  # a change here makes data.json another one
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One key and its values before and after."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {show_value(self.old)} -> {show_value(self.new)}"
+
+    @property
+    def breaks_identity(self) -> bool:
+        return _under(self.key, IDENTITY) and not _under(self.key, FREE)
+
+    @property
+    def needs_preparation(self) -> bool:
+        return _under(self.key, PREPARED) and not _under(self.key, FREE)
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """Every key whose value differs, in the order of the schema; where a run lies is no change."""
+    before, after = _flat(old), _flat(new)
+    keys = [*after, *(key for key in before if key not in after)]
+    found = [Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+    return [change for change in found if not _under(change.key, PLACE)]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; lists and empty dicts stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _under(key: str, roots: Sequence[str]) -> bool:
+    return any(key == root or key.startswith(f"{root}.") for root in roots)
+
+
+def identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that make a run what it is, by dotted key."""
+    return {key: value for key, value in _flat(recipe).items() if Change(key, None, None).breaks_identity}

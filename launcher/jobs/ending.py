@@ -1,0 +1,81 @@
+"""How an attempt ended, judged from what its ranks said and how they died: status, class, cause, exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from launcher.run.control import Outcome
+
+# what other ranks say when one of them has gone: never the cause while somebody names another
+_CONSEQUENCES = ("communication", "preemption", "unknown", None)
+_REQUEUE = ("communication", "node", "hang", "preemption")  # these may go well the next time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How an attempt ended.
+
+    status: finished, preempted (a durable checkpoint, start again) or failed
+    failure_class: of `Outcome`, None when it finished
+    step: last optimizer step that a rank told of, None if none did
+    rank: the one that failed first, with its node, message and traceback
+    """
+
+    status: str
+    failure_class: str | None = None
+    step: int | None = None
+    rank: int | None = None
+    node: str | None = None
+    message: str = ""
+    traceback: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        if self.status == "failed":
+            return EXIT_USER_ERROR if self.failure_class == "user" else EXIT_FAILED
+        return EXIT_FINISHED if self.status == "finished" else EXIT_PREEMPTED
+
+    @property
+    def verdict(self) -> str:
+        """For a scheduler's script: whether to start the run again."""
+        again = self.status == "preempted" or (self.status == "failed" and self.failure_class in _REQUEUE)
+        return "requeue" if again else "stop"
+
+
+def judge(outcomes: Mapping[int, Outcome], died: Mapping[int, str], *, ranks: range) -> Ending:
+    """The ending of an attempt whose ranks have all gone.
+
+    outcomes: what ranks wrote, by rank; died: how processes of this node ended that did not end well, by rank
+    ranks: those that should have written an outcome
+    """
+    step = max((o.step for o in outcomes.values() if o.step is not None), default=None)
+    silent = {rank: how for rank, how in died.items() if rank not in outcomes}
+    failed = {rank: o for rank, o in outcomes.items() if o.kind == "failed"}
+    own = {rank: o for rank, o in failed.items() if o.failure_class not in _CONSEQUENCES}
+    if own or (failed and not silent):
+        rank, outcome = min((own or failed).items())
+        return Ending(
+            status="failed",
+            failure_class=outcome.failure_class or "unknown",
+            step=step,
+            rank=rank,
+            node=outcome.node,
+            message=outcome.message or "",
+            traceback=outcome.traceback,
+        )
+    if silent:
+        rank, how = min(silent.items())
+        message = f"rank {rank} said nothing before its end: {how}{_hint(how)}"
+        return Ending(status="failed", failure_class="unknown", step=step, rank=rank, message=message)
+    if missing := [rank for rank in ranks if rank not in outcomes]:
+        message = f"rank {missing[0]} ended without a word"
+        return Ending(status="failed", failure_class="unknown", step=step, rank=missing[0], message=message)
+    if any(o.kind == "stopped" for o in outcomes.values()):
+        return Ending(status="preempted", failure_class="preemption", step=step)
+    return Ending(status="finished", step=step)
+
+
+def _hint(how: str) -> str:
+    return " (the kernel does that when memory runs out: see dmesg)" if how == "killed by SIGKILL" else ""

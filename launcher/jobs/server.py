@@ -1,0 +1,16 @@
+"""First module the fork server imports: ties it to the launcher and shields it, and so its ranks, from stray signals.
+
+Imported for its effect, in that process alone; signals of a terminal or a scheduler are for the launcher to understand.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from launcher.jobs.tether import PARENT, die_with_parent
+
+die_with_parent(int(os.environ[PARENT]))
+os.setsid()  # Ctrl-C, Ctrl-\\ and a closing terminal reach process groups
+for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    signal.signal(_signal, signal.SIG_IGN)  # ranks inherit this and take SIGTERM and SIGUSR1 back for their own use
