@@ -111,7 +111,7 @@ class TorchEngine:
                 moment = place(self.optimizer.state[p][kind])[0]
                 yield Piece(hugging_face_name(name), kind, start, moment, replica, replicas)
         for name, buffer in persistent_buffers(self.module):
-            yield Piece(hugging_face_name(name), "buffer", 0, buffer.view(-1), dist.get_rank(), dist.get_world_size())
+            yield Piece(hugging_face_name(name), "value", 0, buffer.view(-1), dist.get_rank(), dist.get_world_size())
 
     def set_step(self, step: int) -> None:
         """See Engine."""
@@ -128,7 +128,7 @@ class TorchEngine:
             hugging_face_name(name): {
                 "shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch."), "trainable": p.requires_grad,
             }
-            for name, p in self.module.named_parameters()
+            for name, p in [*self.module.named_parameters(), *persistent_buffers(self.module)]
         }  # fmt: skip
 
     def trainer_state(self) -> dict[str, Any]:
