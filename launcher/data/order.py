@@ -1,4 +1,4 @@
-"""Which rows form a step's global batch and which rank gets which: pure functions of (seed, step), no stored shuffle."""
+"""Which rows form a step's global batch and who gets which: pure functions of (seed, step), no stored shuffle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def global_batch_rows(
 ) -> NDArray[np.int64]:
     """Rows of the step's global batch, over all ranks.
 
-    Epochs are joined end to end, each with its own order; a batch may cross the border. No step costs more than another.
+    Epochs are joined end to end, each with its own order; a batch may cross the border. Any step costs the same.
 
     Args:
         step: number of the optimizer step, from 0.

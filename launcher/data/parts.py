@@ -1,0 +1,144 @@
+"""How one source becomes parts: cut into shards, tokenised by processes, gathered in one content-addressed folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.data.formats import choose
+from launcher.data.lock import build_lock
+from launcher.data.sources import Listing, load
+from launcher.data.store import VERSION, sync_folder
+from launcher.data.tokenize import Shard, ShardContext, tokenise_shard
+from launcher.data.tokenizer import TokenizerSpec, describe_tokenizer
+from launcher.data.workers import map_unordered
+from launcher.errors import UserError
+
+Progress = Callable[[str, int, int], None]  # (what is going on, done, total); total 0: not countable
+
+SHARD_BYTES = 4 << 20  # a shard of about so many bytes of records ...
+MOST_SHARDS = 4096  # ... or as many as keep their number below this
+
+
+@dataclass(frozen=True, slots=True)
+class TokensJob:
+    """One source under one tokenizer and mask.
+
+    key: hash of all that decides the tokens
+    check_tokenizer: called with the tokenizer's description before any record is tokenised; may refuse it
+    """
+
+    listing: Listing
+    key: str
+    spec: TokenizerSpec
+    train_on: str
+    objective: str
+    num_workers: int
+    check_tokenizer: Callable[[dict[str, Any]], None]
+
+
+def ensure_tokens(job: TokensJob, cache: Path, progress: Progress) -> Path:
+    """Folder of one source's parts and `tokens.json`; keeps the shards that a killed builder finished.
+
+    Raises:
+        UserError: the source cannot be read or learnt from; names file and record.
+    """
+    path = cache / "tokens" / job.key
+    if path.is_dir():
+        return path
+    with build_lock(cache / "locks" / job.key, waiting=lambda line: progress(line, 0, 0)) as beat:
+        if path.is_dir():
+            return path
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        manifest = _tokenise(job, unfinished, progress, beat)
+        for leftover in unfinished.iterdir():
+            if leftover.name not in manifest["parts"]:
+                shutil.rmtree(leftover)
+        (unfinished / "tokens.json").write_text(json.dumps(manifest, indent=1))
+        with open(unfinished / "tokens.json") as f:
+            os.fsync(f.fileno())
+        sync_folder(unfinished)
+        os.rename(unfinished, path)
+        sync_folder(path.parent)
+    return path
+
+
+def _tokenise(job: TokensJob, folder: Path, progress: Progress, beat: Callable[[int, int], None]) -> dict[str, Any]:
+    source, name = job.listing.source, Path(job.listing.source.path).name
+    progress(f"reading {name}", 0, 0)
+    tables = _first(load(job.listing, folder / "arrow"), source.max_samples)
+    full = [i for i, table in enumerate(tables) if len(table)]
+    if not full:
+        raise UserError(f"{source.path}: holds no records.")
+    columns = tables[full[0]].column_names
+    form = choose(source, columns, tables[full[0]][0])
+    context = ShardContext(job.spec, form, tables, job.listing.names, train_on=job.train_on, objective=job.objective)
+    tokenizer = describe_tokenizer(job.spec, context.tokenizer())
+    job.check_tokenizer(tokenizer)
+    context.check()
+    shards = _shards(tables, folder)
+    total, done = len(shards), 0
+    left = [shard for shard in shards if not shard.path.is_dir()]
+    done = total - len(left)
+    progress(f"tokenising {name}", done, total)
+    for _ in _run(context, left, job.num_workers):
+        done += 1
+        beat(done, total)
+        progress(f"tokenising {name}", done, total)
+    return {
+        "version": VERSION,
+        "parts": [shard.path.name for shard in shards],
+        "said": f"{'recognised as' if form.recognised else 'read as'} {form.name}",
+        "tokenizer": tokenizer,
+        **_summed(json.loads((shard.path / "part.json").read_text()) for shard in shards),
+    }
+
+
+def _run(context: ShardContext, shards: list[Shard], num_workers: int) -> Iterable[Any]:
+    if len(shards) <= 1 or num_workers == 1:
+        return (tokenise_shard(context, shard) for shard in shards)
+    return map_unordered(tokenise_shard, context, shards, num_workers=num_workers)
+
+
+def _first(tables: list[Any], max_samples: int | None) -> list[Any]:
+    """The first `max_samples` records over all tables, in order of files."""
+    if max_samples is None:
+        return tables
+    kept = []
+    for table in tables:
+        take = min(len(table), max_samples)
+        max_samples -= take
+        kept.append(table.select(range(take)) if take else table.select([]))
+    return kept
+
+
+def _shards(tables: list[Any], folder: Path) -> list[Shard]:
+    """Row ranges of about equal bytes; the same for any number of workers, so that finished ones can be kept."""
+    size = max(SHARD_BYTES, sum(table.data.nbytes for table in tables) // MOST_SHARDS)
+    shards: list[Shard] = []
+    for file, table in enumerate(tables):
+        rows = len(table)
+        count = min(rows, -(-table.data.nbytes // size))
+        for i in range(count):
+            path = folder / f"part-{len(shards):05d}"
+            shards.append(Shard(path, file, rows * i // count, rows * (i + 1) // count))
+    return shards
+
+
+def _summed(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    documents, largest = 0, 0
+    dropped: dict[str, int] = {}
+    first: dict[str, list[int]] = {}
+    for part in parts:
+        documents += part["documents"]
+        largest = max(largest, part["largest_id"])
+        for reason, count in part["dropped"].items():
+            dropped[reason] = dropped.get(reason, 0) + count
+            first.setdefault(reason, part["first_dropped"][reason])
+    return {"documents": documents, "largest_id": largest, "dropped": dropped, "first_dropped": first}

@@ -1,0 +1,123 @@
+"""Which tokenizer a recipe means: finds, hashes, loads and describes it; hashing local files imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from launcher.errors import UserError
+
+# files that decide what ids a text becomes
+_TOKENIZER_FILES = (
+    "tokenizer*.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*", "tokenization_*.py",
+    "config.json",
+)  # fmt: skip
+_EOS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[EOS]", "[SEP]")
+_PAD = ("<pad>", "<|pad|>", "[PAD]", "<|endoftext|>")
+_BOS = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSpec:
+    """Which tokenizer, and with which template.
+
+    name: folder, tokenizer.json file or hub id
+    revision: branch, tag or commit of a hub id
+    trust_remote_code: run Python code that comes with it
+    template: text of a Jinja chat template that replaces its own
+    """
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    template: str | None = None
+
+
+def locate(name: str, revision: str | None = None) -> Path:
+    """Folder or file of a tokenizer or model on this machine; a hub id is fetched into the hub's cache.
+
+    Raises:
+        UserError: neither a path nor a hub id that can be fetched.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_TOKENIZER_FILES)))
+    except Exception as error:
+        raise UserError(
+            f"model.tokenizer = {name}: no such file or folder, and the hub gave nothing: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def hash_tokenizer(spec: TokenizerSpec) -> str:
+    """Hash of every file that decides ids, and of the template; needs no transformers for local files."""
+    place = locate(spec.name, spec.revision)
+    digest = xxhash.xxh3_128(repr(spec.template).encode())
+    for file in [place] if place.is_file() else sorted({f for p in _TOKENIZER_FILES for f in place.glob(p)}):
+        content = file.read_bytes()
+        if file.name == "config.json":  # only the tokenizer's class may come from the model's configuration
+            content = str(json.loads(content).get("tokenizer_class")).encode()
+        digest.update(repr((file.name if place.is_dir() else "tokenizer.json", len(content))).encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def load_tokenizer(spec: TokenizerSpec) -> Any:
+    """The tokenizer; a bare tokenizer.json is enough, its end token is then found among its added tokens.
+
+    Raises:
+        UserError: nothing there can be loaded as a tokenizer.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    place = locate(spec.name, spec.revision)
+    file = place if place.is_file() else place / "tokenizer.json"
+    bare = place.is_file() or (file.exists() and not (place / "tokenizer_config.json").exists())
+    try:
+        if bare:
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+            added = set(tokenizer.get_added_vocab())
+            for name, candidates in (("eos_token", _EOS), ("pad_token", _PAD), ("bos_token", _BOS)):
+                found = next((token for token in candidates if token in added), None)
+                if found is not None:
+                    setattr(tokenizer, name, found)
+            template = file.with_name("chat_template.jinja")
+            if template.exists():
+                tokenizer.chat_template = template.read_text()
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=spec.trust_remote_code)
+    except Exception as error:
+        raise UserError(f"model.tokenizer = {spec.name}: cannot be loaded: {type(error).__name__}: {error}") from error
+    if spec.template is not None:
+        tokenizer.chat_template = spec.template
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def describe_tokenizer(spec: TokenizerSpec, tokenizer: Any) -> dict[str, Any]:
+    """What others need to know of a tokenizer without loading it; JSON-compatible.
+
+    vocab_size: largest id + 1; text_vocab_size: the same without special tokens, which data need not use
+    """
+    vocabulary = tokenizer.get_vocab()
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return {
+        "name": spec.name,
+        "revision": spec.revision,
+        "vocab_size": max(vocabulary.values()) + 1,
+        "text_vocab_size": max((i for token, i in vocabulary.items() if token not in special), default=0) + 1,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
