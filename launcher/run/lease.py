@@ -1,7 +1,8 @@
-"""Who owns a run right now: one launcher at a time, over all hosts that share the run directory; a dead owner is taken over.
+"""Who owns a run right now: one launcher at a time over all hosts that share it; a dead owner is taken over.
 
-First proof is a lock that the kernel drops with its process. Not every shared file system carries locks to other hosts, so the
-owner also keeps a record whose counter moves; a stranger from another host waits and watches it. No clocks are compared.
+First proof is a lock that the kernel drops with its process. Not every shared file system carries locks to other
+hosts, so the owner also keeps a record whose counter moves; a stranger from another host waits and watches it. No
+clocks are compared.
 """
 
 from __future__ import annotations
@@ -129,9 +130,10 @@ def _lives(run: RunDirectory, owner: dict[str, Any], watch_s: float) -> bool:
 
 def _held(run: RunDirectory, owner: dict[str, Any] | None) -> LeaseHeld:
     who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+    pid = owner["pid"] if owner else "PID"
     return LeaseHeld(
-        f"{run.path}: {who} works on this run. Follow it with `launcher status {run.path}`, end it with Ctrl-C or "
-        f"`kill {owner['pid'] if owner else 'PID'}` there, or start another run with run.name=..."
+        f"{run.path}: {who} works on this run. Follow it with `launcher status {run.path}`, stop it with Ctrl-C or "
+        f"`kill {pid}` there, or start another run with run.name=..."
     )
 
 
@@ -154,7 +156,7 @@ def _boot_id() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot (proc(5), field 22 of stat); None when it is gone or a zombie."""
+    """Start of a process in clock ticks since boot (proc(5), stat, field 22); None when it is gone or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

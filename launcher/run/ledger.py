@@ -67,7 +67,8 @@ def start_attempt(run: RunDirectory, *, target: str, job_id: str | None, nodes: 
     with locked(run):
         number = latest_attempt(run) + 1
         line = {
-            "event": "start", "attempt": number, "target": target, "job_id": job_id, "nodes": list(nodes), "reason": reason,
+            "event": "start", "attempt": number, "target": target, "job_id": job_id, "nodes": list(nodes),
+            "reason": reason,
             "accepts": [ref.name for ref in valid_checkpoints(run)], "time": time.time(), "host": socket.gethostname(),
             "pid": os.getpid(), "launcher": __version__,
         }  # fmt: skip
@@ -98,7 +99,7 @@ def latest_attempt(run: RunDirectory) -> int:
 
 
 def valid_checkpoints(run: RunDirectory) -> list[CheckpointRef]:
-    """Committed checkpoints that count, oldest first: those of the newest attempt and those it accepted when it started."""
+    """Committed checkpoints that count, oldest first: those of the newest attempt and those it accepted."""
     known = attempts(run)
     newest = known[-1].number if known else 0
     accepted = set(known[-1].accepts) if known else set()

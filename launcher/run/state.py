@@ -49,7 +49,7 @@ def write_state(run: RunDirectory, status: Status, *, attempt: int, step: int | 
 
 
 def read_state(run: RunDirectory) -> State:
-    """What the newest attempt said last; its end line in the ledger where state.json is another attempt's or missing."""
+    """What the newest attempt said last; else its end line in the ledger; never an older attempt's."""
     known = attempts(run)
     newest = known[-1] if known else None
     value = read_json(run.state_file)
