@@ -1,0 +1,205 @@
+"""How one rank's part of a checkpoint becomes a file: pieces, the share of each replica, the host copy, bytes and hash.
+
+A file is plain safetensors: 8 bytes of header length, a JSON header, one contiguous buffer. Its tensors are 1-D ranges
+of flattened parameters, keyed `name|kind|start`. Whether files make a checkpoint is up to `reader.py` and `saving.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+CHUNK = 1 << 24  # bytes written and hashed at a time
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written, or cannot be trusted; the text names folder, file and reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A live range of one flattened tensor; written from, and read into in place.
+
+    name: Hugging Face name of the parameter or persistent buffer
+    kind: `value`, or the name of an optimizer state of the same shape (`exp_avg`, `exp_avg_sq`)
+    start: first element of the range in the flattened tensor
+    tensor: 1-D contiguous view of the memory in use, possibly empty
+    replica: which of `num_replicas` equal copies of this range the rank holds, from 0. The ranks that hold the same
+        copies list the same pieces in the same order.
+    """
+
+    name: str
+    kind: str
+    start: int
+    tensor: Tensor
+    replica: int = 0
+    num_replicas: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What the manifest says of one file: its name, its size in bytes, and the xxh3-128 of all of them."""
+
+    file: str
+    bytes: int
+    xxh3_128: str
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def share_replicas(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """What this rank writes: replica q of Q takes the q-th of Q equal cuts through all pieces laid end to end.
+
+    No communication: every replica knows the same list. Empty ranges are left out.
+    """
+    groups: dict[tuple[int, int], list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        groups[piece.replica, piece.num_replicas].append(piece)
+    for (replica, replicas), group in groups.items():
+        total = sum(p.tensor.numel() * p.tensor.element_size() for p in group)
+        low, high, at = replica * total // replicas, (replica + 1) * total // replicas, 0
+        for p in group:
+            size, count = p.tensor.element_size(), p.tensor.numel()
+            first, end = (min(max(-(-(cut - at) // size), 0), count) for cut in (low, high))
+            if first < end:
+                yield Piece(p.name, p.kind, p.start + first, p.tensor[first:end])
+            at += count * size
+
+
+class HostBuffer:
+    """Host memory for one copy of what a rank writes, kept from save to save: page faults cost more than the copy.
+
+    pinned: page-locked, so that a GPU copies into it without staging
+    """
+
+    def __init__(self, *, pinned: bool = False) -> None:
+        self.pinned = pinned
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int) -> Tensor:
+        """[num_bytes] uint8, the same memory as last time unless more is needed."""
+        if self._memory.numel() < num_bytes:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # free the old one first
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.pinned)
+        return self._memory[:num_bytes]
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """A rank's file before it is written.
+
+    head: length and JSON header
+    ranges: uint8 host tensors that follow the header, end to end; may be taken from live tensors one at a time
+    elements: number of elements written, by kind
+    """
+
+    head: bytes
+    ranges: Iterable[Tensor]
+    elements: dict[str, int] = field(default_factory=dict)
+
+
+def take_snapshot(pieces: Iterable[Piece], metadata: dict[str, str], buffer: HostBuffer | None) -> Snapshot:
+    """Copy what this rank must write; afterwards training may change the pieces.
+
+    Args:
+        metadata: goes into the header as safetensors' `__metadata__`
+        buffer: where the copy goes. None: copy nothing; the pieces must then stay unchanged until the file is written.
+    """
+    rows = sorted(share_replicas(pieces), key=lambda p: -p.tensor.element_size())  # wide types first keeps all aligned
+    header: dict[str, Any] = {"__metadata__": metadata}
+    elements: dict[str, int] = defaultdict(int)
+    at = 0
+    for row in rows:
+        end = at + row.tensor.numel() * row.tensor.element_size()
+        header[f"{row.name}|{row.kind}|{row.start}"] = {
+            "dtype": DTYPES[row.tensor.dtype], "shape": [row.tensor.numel()], "data_offsets": [at, end],
+        }  # fmt: skip
+        elements[row.kind] += row.tensor.numel()
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    ranges = _live_bytes(rows) if buffer is None else [_copy(rows, buffer.take(at))]
+    return Snapshot(head, ranges, dict(elements))
+
+
+def _live_bytes(rows: list[Piece]) -> Iterator[Tensor]:
+    for row in rows:
+        yield row.tensor.cpu().view(torch.uint8)
+
+
+def _copy(rows: list[Piece], host: Tensor) -> Tensor:
+    at, devices = 0, set()
+    for row in rows:
+        end = at + row.tensor.numel() * row.tensor.element_size()
+        host[at:end].view(row.tensor.dtype).copy_(row.tensor, non_blocking=True)
+        at = end
+        if row.tensor.is_cuda:
+            devices.add(row.tensor.device)
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return host
+
+
+def write_file(path: Path, snapshot: Snapshot) -> FileRecord:
+    """Write, hash and fsync one file.
+
+    Raises:
+        OSError: the disk is full, or gave up; the file is then unfinished.
+    """
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "wb", buffering=0) as file:
+        for part in _chunks(snapshot):
+            digest.update(part)
+            size += len(part)
+            while part:
+                part = part[file.write(part) :]
+        os.fsync(file.fileno())
+    return FileRecord(path.name, size, digest.hexdigest())
+
+
+def _chunks(snapshot: Snapshot) -> Iterator[memoryview]:
+    yield memoryview(snapshot.head)
+    for tensor in snapshot.ranges:
+        data = memoryview(tensor.numpy())
+        for at in range(0, len(data), CHUNK):
+            yield data[at : at + CHUNK]
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """(tensors by key, metadata, offset of the buffer in bytes) of one file, without reading the buffer.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it does not begin with a header.
+    """
+    with open(path, "rb") as file:
+        length_bytes = file.read(8)
+        if len(length_bytes) < 8:
+            raise ValueError("no header")
+        (length,) = struct.unpack("<Q", length_bytes)
+        if length > path.stat().st_size:
+            raise ValueError("no header")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("no header")
+    metadata = header.pop("__metadata__", {})
+    return header, metadata if isinstance(metadata, dict) else {}, 8 + length

@@ -1,0 +1,292 @@
+"""When a rank copies its state, who writes it, and which checkpoint a new attempt begins from.
+
+Collectives run only in the calling thread (`save`, `load_latest`); the background thread talks by files (`saving.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+
+from launcher.run import ledger
+from launcher.run.directory import RunDirectory
+from launcher.run.ledger import MARKER
+from launcher.trainer.checkpoint import retention
+from launcher.trainer.checkpoint.format import CheckpointError, HostBuffer, Piece, take_snapshot
+from launcher.trainer.checkpoint.reader import (
+    VERSION,
+    Manifest,
+    Reader,
+    header_metadata,
+    read_manifest,
+    read_table,
+    verify_files,
+)  # fmt: skip
+from launcher.trainer.checkpoint.saving import Save, carry_out, make_folder
+
+log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What a checkpoint needs of an engine; `launcher.trainer.engines.Engine` says more of each."""
+
+    def ensure_state(self) -> None: ...
+    def pieces(self) -> Iterable[Piece]: ...
+    def set_step(self, step: int) -> None: ...
+    def refresh(self) -> None: ...
+    def parameter_shapes(self) -> dict[str, dict[str, Any]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SaveStatus:
+    """How a save stands.
+
+    state: `idle` when there is nothing to tell
+    reason: why it failed; for a done save, what went wrong afterwards (retention), else None
+    blocked_s: how long training stood still for it
+    durable_s: from its beginning to its durable marker
+    bytes: size of this rank's file
+    """
+
+    state: Literal["idle", "in flight", "done", "failed"]
+    step: int | None = None
+    reason: str | None = None
+    blocked_s: float = 0.0
+    durable_s: float = 0.0
+    bytes: int = 0
+
+
+_IDLE = SaveStatus("idle")
+
+
+class CheckpointManager:
+    """Saves and loads a rank's part of a run's checkpoints; each rank makes one and calls its methods at the same step.
+
+    Args:
+        run: the run directory, on a file system that all ranks share
+        keep_last, keep_every_steps: see `retention.retain`
+        asynchronous: copy into a kept host buffer and write in a thread; else write from the live state and wait
+        meta: goes into the manifest: `run_id` (required), and for instance engine, optimizer, fingerprints
+        patience_s: how much longer than this rank a peer may take for one save
+    """
+
+    def __init__(
+        self, run: RunDirectory, *, attempt: int, rank: int, world_size: int, meta: dict[str, Any], keep_last: int = 2,
+        keep_every_steps: int | None = None, asynchronous: bool = True, patience_s: float = 1800.0,
+    ) -> None:  # fmt: skip
+        self.run, self.attempt, self.rank, self.world_size = run, attempt, rank, world_size
+        self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
+        self.meta, self.patience_s = meta, patience_s
+        self.problems: list[str] = []  # every bad file that `load_latest` met, by name, with the reason
+        self.loaded: str | None = None  # name of the checkpoint that was loaded
+        self._bad: set[str] = set()
+        self._buffer = HostBuffer(pinned=torch.cuda.is_available()) if asynchronous else None
+        self._thread: threading.Thread | None = None
+        self._finished: deque[SaveStatus] = deque()
+        self._in_flight: int | None = None
+
+    def save(self, step: int, engine: Engine, trainer_state: dict[str, Any]) -> None:
+        """Begin a checkpoint of the state after `step` optimizer steps; how it ends, `poll` or `wait` say.
+
+        Waits first for a save still in flight, so that memory for one copy is enough. Nothing is done when this attempt
+        has committed this step already.
+
+        Args:
+            trainer_state: JSON-able; what beside the engine's pieces the loop needs to go on. That of rank 0 is kept.
+        """
+        self._join()
+        began = time.monotonic()
+        folder = self.run.checkpoint(step, self.attempt)
+        exists, refusal = self._from_rank_0(self._prepare(folder) if self.rank == 0 else None)
+        if exists or refusal:
+            self._finished.append(SaveStatus("failed" if refusal else "done", step, refusal))
+            return
+        engine.ensure_state()
+        manifest = self._manifest(step, engine, trainer_state)
+        snapshot = take_snapshot(engine.pieces(), header_metadata(manifest, self.rank), self._buffer)
+        save = Save(folder, self.rank, self.world_size, snapshot, manifest, self.patience_s, self._fence)
+        self._in_flight = step
+        self._thread = threading.Thread(target=self._work, args=(save, began, time.monotonic()), daemon=True)
+        self._thread.start()
+        if self._buffer is None:
+            self._join()
+
+    def poll(self) -> SaveStatus:
+        """How the oldest save ended that was not told yet, else whether one is in flight. Each end is told once.
+
+        A failure carries its reason on rank 0 and on the rank where it happened; the others know that there was one.
+        """
+        if self._finished:
+            return self._finished.popleft()
+        return _IDLE if self._in_flight is None else SaveStatus("in flight", self._in_flight)
+
+    def wait(self) -> SaveStatus:
+        """Wait for the save in flight; how the newest save ended, if not told yet (older ones stay with `poll`)."""
+        self._join()
+        return self._finished.pop() if self._finished else _IDLE
+
+    def load_latest(self, engine: Engine) -> dict[str, Any] | None:
+        """Put the newest good checkpoint into the engine, whatever engine and number of ranks wrote it.
+
+        Every file is hashed once over the ranks before any byte is used. What is bad is logged by name on rank 0 and
+        listed in `problems`, and the checkpoint before it is tried. What older attempts left unfinished is deleted.
+
+        Returns:
+            The saved trainer_state, or None when the run has no checkpoint.
+        Raises:
+            CheckpointError: there are checkpoints but all are bad, or the model is another one; equal on all ranks.
+        """
+        names = [ref.path.name for ref in ledger.valid_checkpoints(self.run)] if self.rank == 0 else []
+        names = self._from_rank_0(names)
+        state = None
+        for name in reversed(names):
+            folder = self.run.checkpoints / name
+            reader, problems = self._open(folder)
+            if reader is not None:
+                state = self._load(reader, engine)
+                self.loaded = name
+                break
+            self._bad.add(name)
+            self.problems += problems
+            if self.rank == 0:
+                for problem in problems:
+                    log.warning("bad checkpoint: %s", problem)
+        if names and state is None:
+            raise CheckpointError("\n".join(["every checkpoint of this run is bad; none was deleted:", *self.problems]))
+        if self.rank == 0:
+            for name in retention.sweep(self.run, attempt=self.attempt):
+                log.info("removed %s: unfinished or void", name)
+        return state
+
+    def _prepare(self, folder: Path) -> tuple[bool, str | None]:
+        """(this step is committed already, why there can be no save)."""
+        try:
+            with self._fence():
+                if (folder / MARKER).exists() and folder.name not in self._bad:
+                    return True, None
+                make_folder(folder)
+        except CheckpointError as error:
+            return False, str(error)
+        except OSError as error:
+            return False, f"rank 0: {folder.name}: {error.strerror}"
+        return False, None
+
+    @contextlib.contextmanager
+    def _fence(self) -> Iterator[None]:
+        with ledger.locked(self.run):
+            latest = ledger.latest_attempt(self.run)
+            if latest > self.attempt:
+                raise CheckpointError(
+                    f"attempt {latest} has begun; a checkpoint of attempt {self.attempt} would be void"
+                )
+            yield
+
+    def _manifest(self, step: int, engine: Engine, trainer_state: dict[str, Any]) -> Manifest:
+        return {
+            "version": VERSION, **self.meta, "step": step, "attempt": self.attempt, "world_size": self.world_size,
+            "params": engine.parameter_shapes(), "trainer_state": trainer_state,
+        }  # fmt: skip
+
+    def _work(self, save: Save, began: float, copied: float) -> None:
+        """The thread: every way it can end becomes a status."""
+        step, size, reason, state = save.manifest["step"], 0, None, "done"
+        try:
+            size = carry_out(save)
+        except Exception as error:
+            state, reason = "failed", str(error) or repr(error)
+        if state == "done" and save.rank == 0:
+            reason = self._retain()
+        now = time.monotonic()
+        blocked = (now if self._buffer is None else copied) - began
+        self._finished.append(SaveStatus(state, step, reason, blocked, now - began, size))  # type: ignore[arg-type]
+        self._in_flight = None
+
+    def _retain(self) -> str | None:
+        try:
+            keep_last, keep_every_steps = self.keep_last, self.keep_every_steps
+            retention.retain(
+                self.run, attempt=self.attempt, keep_last=keep_last, keep_every_steps=keep_every_steps, bad=self._bad
+            )
+        except OSError as error:
+            return f"an old checkpoint could not be removed: {error}"
+        return None
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _open(self, folder: Path) -> tuple[Reader | None, list[str]]:
+        """A reader, or what is wrong; the same answer on every rank."""
+        manifest, mine = None, []
+        try:
+            manifest = read_manifest(folder, run_id=self.meta["run_id"])
+            mine = verify_files(folder, manifest, range(self.rank, len(manifest["files"]), self.world_size))
+        except CheckpointError as error:
+            mine = [str(error)]
+        problems = sorted({problem for part in self._from_all(mine) for problem in part})
+        if problems:
+            return None, problems
+        assert manifest is not None
+        table, problem = None, None
+        if self.rank == 0:
+            try:
+                table = read_table(folder, manifest)
+            except CheckpointError as error:
+                problem = str(error)
+        table, problem = self._from_rank_0((table, problem))
+        return (None, problem.splitlines()) if problem else (Reader(folder, manifest, table), [])
+
+    def _load(self, reader: Reader, engine: Engine) -> dict[str, Any]:
+        differences = _differences(reader.manifest["params"], engine.parameter_shapes())
+        if differences:
+            raise CheckpointError(f"{reader.folder.name} is of another model: " + "; ".join(differences))
+        engine.ensure_state()
+        for piece in engine.pieces():
+            reader.read_into(piece.name, piece.kind, piece.start, piece.tensor)
+        engine.set_step(reader.manifest["step"])
+        engine.refresh()
+        return dict(reader.manifest["trainer_state"])
+
+    def _from_rank_0(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _from_all(self, value: Any) -> list[Any]:
+        """Every rank's value on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def _differences(stored: dict[str, Any], wanted: dict[str, Any], limit: int = 5) -> list[str]:
+    """Sentences on parameters that are missing, too many or of another shape."""
+    found = [f"{name} is not in it" for name in wanted if name not in stored]
+    found += [f"it holds {name}, which the model has not" for name in stored if name not in wanted]
+    found += [
+        f"{name} is {stored[name]['shape']}, the model's is {entry['shape']}"
+        for name, entry in wanted.items()
+        if name in stored and list(stored[name]["shape"]) != list(entry["shape"])
+    ]
+    found += [
+        f"{name} is trained now and was not then"
+        for name, entry in wanted.items()
+        if name in stored and entry["trainable"] and not stored[name]["trainable"]
+    ]
+    return found[:limit] + ([f"and {len(found) - limit} more"] if len(found) > limit else [])
