@@ -1,1 +1,1 @@
-"""The run directory: the one thing both sides share besides the schema; standard library only."""
+"""The run directory: the one place where launch side and trainer core meet. Standard library only."""

@@ -1,15 +1,19 @@
-"""Words between processes that share nothing but the run directory: stop requests, outcomes of ranks, the verdict."""
+"""The small files by which launcher, ranks and batch scripts talk: stop request, outcomes of ranks, verdict."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import time
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from launcher.run.directory import RunDirectory
 from launcher.run.files import read_json, write_atomic
+from launcher.run.ledger import fenced
 
+Kind = Literal["finished", "stopped", "failed"]
 FailureClass = Literal[
     "user", "data", "out_of_memory", "non_finite", "hang", "communication", "node", "preemption", "unknown"
 ]
@@ -20,84 +24,96 @@ Verdict = Literal["requeue", "stop"]
 class Outcome:
     """How one rank ended.
 
-    kind: stopped is a durable checkpoint after a stop request
-    failure_class: decides what a restart does; None unless it failed
-    step: optimizer steps done
-    message: one line for people; traceback: for those who mend it; node: where it ran
+    kind: `stopped` is a durable checkpoint before the last step
+    failure_class: what decides whether a restart can help; None unless it failed
+    step: optimizer steps finished
     """
 
-    kind: Literal["finished", "stopped", "failed"]
-    failure_class: FailureClass | None = None
+    kind: str
+    failure_class: str | None = None
     step: int | None = None
     message: str = ""
     traceback: str = ""
     node: str = ""
 
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind {self.kind!r}: expected one of {', '.join(get_args(Kind))}")
+        if self.failure_class is not None and self.failure_class not in get_args(FailureClass):
+            raise ValueError(f"failure_class {self.failure_class!r}: expected one of {', '.join(get_args(FailureClass))}")
+
 
 def request_stop(run: RunDirectory, reason: str) -> None:
-    """Ask the ranks to checkpoint and stop at the next step boundary."""
-    write_atomic(_stop_file(run), reason + "\n")
+    """Ask the ranks for a checkpoint and a stop at the next step boundary; asking again changes only the reason."""
+    run.control.mkdir(parents=True, exist_ok=True)
+    write_atomic(run.control / "stop-request", json.dumps({"reason": reason, "time": time.time()}) + "\n")
 
 
 def stop_requested(run: RunDirectory) -> bool:
-    """Somebody asked for it; one stat call."""
-    return _stop_file(run).exists()
+    """Whether a stop is asked for; one stat call. A batch script asks by `touch control/stop-request`."""
+    return os.path.exists(run.control / "stop-request")
 
 
 def stop_reason(run: RunDirectory) -> str | None:
-    """Why, in the asker's words; None when nobody asked."""
-    try:
-        return _stop_file(run).read_text().strip()
-    except FileNotFoundError:
+    """Why a stop is asked for: empty if the asker did not say, None if no stop is asked for."""
+    if not stop_requested(run):
         return None
+    values = read_json(run.control / "stop-request") or {}
+    return str(values.get("reason", ""))
 
 
 def clear_stop(run: RunDirectory) -> None:
-    """Forget an earlier request; a new attempt does this before its ranks start."""
-    _stop_file(run).unlink(missing_ok=True)
+    """Take a stop request back; nothing happens if there is none."""
+    (run.control / "stop-request").unlink(missing_ok=True)
 
 
 def write_outcome(run: RunDirectory, attempt: int, rank: int, outcome: Outcome) -> None:
-    """Say how a rank ended."""
-    write_atomic(_outcomes(run) / f"{attempt}-{rank}.json", json.dumps(asdict(outcome), indent=2) + "\n")
+    """Say how a rank of an attempt ended, durably; the files of one attempt say nothing about another."""
+    folder = run.control / "outcome"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / f"{attempt}-{rank}.json", json.dumps(asdict(outcome)) + "\n")
 
 
 def read_outcomes(run: RunDirectory, attempt: int) -> dict[int, Outcome]:
-    """Rank to outcome, of the ranks that said how they ended; a rank that was killed is missing."""
-    known = {f.name for f in fields(Outcome)}
-    found = {}
-    for path in _outcomes(run).glob(f"{attempt}-*.json"):
-        value = read_json(path)
-        if value is not None:
-            found[int(path.stem.split("-")[1])] = Outcome(**{k: v for k, v in value.items() if k in known})
+    """What the ranks of an attempt said of their end, by rank; those that were killed are missing."""
+    folder = run.control / "outcome"
+    found: dict[int, Outcome] = {}
+    for name in os.listdir(folder) if folder.exists() else ():
+        match = re.fullmatch(rf"{attempt}-(\d+)\.json", name)
+        if match and (values := read_json(folder / name)) is not None:
+            found[int(match[1])] = _outcome(values)
     return dict(sorted(found.items()))
 
 
-def write_verdict(run: RunDirectory, verdict: Verdict) -> None:
-    """One word for shell scripts when an attempt has ended: start me again, or do not."""
-    write_atomic(_verdict_file(run), verdict + "\n")
+def write_verdict(run: RunDirectory, verdict: Verdict, *, attempt: int | None = None) -> None:
+    """One word for a scheduler's script, written when an attempt ends: start the run again or not.
+
+    Args:
+        attempt: whose verdict it is
+    Raises:
+        StaleAttempt: `attempt` is given and a newer one has started; nothing was written.
+    """
+    if verdict not in get_args(Verdict):
+        raise ValueError(f"verdict {verdict!r}: expected requeue or stop")
+    run.control.mkdir(parents=True, exist_ok=True)
+    if attempt is None:
+        write_atomic(run.control / "verdict", verdict + "\n")
+        return
+    with fenced(run, attempt):
+        write_atomic(run.control / "verdict", verdict + "\n")
 
 
 def read_verdict(run: RunDirectory) -> str | None:
-    """The word; None while an attempt runs or when its node died."""
+    """`requeue` or `stop`; None while an attempt runs, or when its node died."""
     try:
-        return _verdict_file(run).read_text().strip()
+        return (run.control / "verdict").read_text().strip() or None
     except FileNotFoundError:
         return None
 
 
-def clear_verdict(run: RunDirectory) -> None:
-    """A new attempt starts without one, so that a dead node leaves none behind."""
-    _verdict_file(run).unlink(missing_ok=True)
-
-
-def _stop_file(run: RunDirectory) -> Path:
-    return run.control / "stop-request"
-
-
-def _outcomes(run: RunDirectory) -> Path:
-    return run.control / "outcome"
-
-
-def _verdict_file(run: RunDirectory) -> Path:
-    return run.control / "verdict"
+def _outcome(values: dict[str, Any]) -> Outcome:
+    """An outcome from its file; a later version's class of failure reads as `unknown`, its further fields are passed over."""
+    known = {f.name: values[f.name] for f in fields(Outcome) if f.name in values}
+    if known.get("failure_class") not in (None, *get_args(FailureClass)):
+        known["failure_class"] = "unknown"
+    return Outcome(**known)

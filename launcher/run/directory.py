@@ -1,116 +1,164 @@
-"""Where everything about one training lies; the layout is a contract (docs/run-directory.md)."""
+"""Where everything about one training lies, and how the directory is made. Its layout is a contract, see docs/run-directory.md."""
 
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
-import time
-import uuid
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import __version__
-from launcher.run.files import read_json, write_atomic
+from launcher.errors import UserError
+from launcher.run.files import write_atomic
+from launcher.run.provenance import provenance
 
-VERSION = 1  # of this layout
+RUN_DIRECTORY_VERSION = 1
+MARKER = "COMMITTED"  # a checkpoint folder holds it once all else in there is durable
+_RECIPE_HEADER = "# The resolved recipe of this run: YAML that is also JSON below its comment lines. Change it by `launcher resume`.\n"
 
 
+@dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """Paths of one run; making the object touches nothing."""
+    """One run; the directory need not exist yet."""
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path).absolute()
-        self.recipe_file = self.path / "recipe.yaml"
-        self.plan_file = self.path / "plan.json"
-        self.data_file = self.path / "data.json"
-        self.run_file = self.path / "run.json"
-        self.ledger_file = self.path / "ledger.jsonl"
-        self.state_file = self.path / "state.json"
-        self.metrics_file = self.path / "metrics.jsonl"
-        self.control = self.path / "control"
-        self.checkpoints = self.path / "checkpoints"
-        self.final = self.path / "final"
-        self.loss_png = self.path / "loss.png"
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.resolve().name
 
-    def __repr__(self) -> str:
-        return f"RunDirectory({str(self.path)!r})"
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
 
-    def exists(self) -> bool:
-        """A run was made here; run.json is the last file that `create` writes."""
-        return self.run_file.exists()
+    @property
+    def plan_file(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def data_file(self) -> Path:
+        return self.path / "data.json"
+
+    @property
+    def run_file(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def ledger_file(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def state_file(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def control(self) -> Path:
+        return self.path / "control"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    @property
+    def loss_png(self) -> Path:
+        return self.path / "loss.png"
 
     def job(self, attempt: int) -> Path:
-        """What was rendered for an attempt."""
+        """Folder of what was rendered for an attempt."""
         return self.path / "job" / f"attempt-{attempt}"
 
-    def logs(self, attempt: int, node: str | None = None) -> Path:
-        """Logs of an attempt, or of one of its nodes."""
-        folder = self.path / "logs" / f"attempt-{attempt}"
-        return folder if node is None else folder / node
+    def logs(self, attempt: int, node: str) -> Path:
+        """Folder of one node's logs."""
+        return self.path / "logs" / f"attempt-{attempt}" / node
 
     def log_file(self, attempt: int, node: str, rank: int) -> Path:
-        """What one rank printed."""
+        """Everything a rank printed; `rank` counts over all nodes."""
         return self.logs(attempt, node) / f"{rank}.log"
 
     def checkpoint(self, step: int, attempt: int) -> Path:
-        """Folder of one checkpoint."""
-        return self.checkpoints / f"step-{step:08d}-a{attempt}"
+        """Folder of the checkpoint that `attempt` wrote after `step` updates."""
+        return self.checkpoints / checkpoint_name(step, attempt)
+
+    def exists(self) -> bool:
+        """Whether a run was made here; run.json is written last."""
+        return self.run_file.exists()
 
     def create(self, recipe: dict[str, Any], plan: dict[str, Any], identity: dict[str, Any]) -> None:
-        """Make the run: recipe, plan, then run.json, whose presence says that the run exists."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for folder in (self.control, self.checkpoints):
-            folder.mkdir(exist_ok=True)
+        """Make the directory of a new run; the caller holds the lease.
+
+        Args:
+            recipe: resolved recipe
+            identity: what makes it this run, by dotted key; kept in run.json beside run id, versions and git commit
+        Raises:
+            OSError: it cannot be written.
+        """
+        for folder in (self.path, self.control, self.checkpoints, self.path / "logs", self.path / "job"):
+            folder.mkdir(parents=True, exist_ok=True)
         self.write_recipe(recipe)
         self.write_plan(plan)
-        facts = {
-            "run_directory_version": VERSION,
-            "run_id": uuid.uuid4().hex,
-            "created": time.time(),
-            "launcher": __version__,
-            "python": platform.python_version(),
-            "git": _git(),
-            "identity": identity,
-        }
-        write_atomic(self.run_file, json.dumps(facts, indent=2) + "\n")
+        record = {"run_directory_version": RUN_DIRECTORY_VERSION, **provenance(), "identity": identity}
+        write_atomic(self.run_file, json.dumps(record, indent=2) + "\n")
 
     def write_recipe(self, recipe: dict[str, Any]) -> None:
-        """The resolved recipe; JSON is YAML, so ranks read it with the standard library."""
-        write_atomic(self.recipe_file, json.dumps(recipe, indent=2) + "\n")
+        """Replace recipe.yaml."""
+        write_atomic(self.recipe_file, _RECIPE_HEADER + json.dumps(recipe, indent=2) + "\n")
 
     def write_plan(self, plan: dict[str, Any]) -> None:
-        """What follows from the recipe by arithmetic."""
+        """Replace plan.json."""
         write_atomic(self.plan_file, json.dumps(plan, indent=2) + "\n")
 
     def read_recipe(self) -> dict[str, Any]:
-        """The resolved recipe; comment lines at its head are skipped."""
-        lines = self.recipe_file.read_text(encoding="utf-8").split("\n")
-        value: dict[str, Any] = json.loads("\n".join(line for line in lines if not line.startswith("#")))
-        return value
+        """The resolved recipe.
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        """One of the run's JSON files by name, as `data.json`; None when it is not there."""
-        return read_json(self.path / name)
+        Raises:
+            UserError: it was edited into YAML that is no JSON.
+        """
+        lines = self.recipe_file.read_text().splitlines()
+        text = "\n".join("" if line.lstrip().startswith("#") else line for line in lines)  # keeps line numbers
+        return self._parse(self.recipe_file, text)
 
-    def run_id(self) -> str:
-        """The run's identity, kept in every checkpoint."""
-        return str(json.loads(self.run_file.read_text())["run_id"])
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run by its name, as `data.json`.
+
+        Raises:
+            FileNotFoundError: it is not there; UserError: it is damaged, or run.json is of a newer launcher.
+        """
+        values = self._parse(self.path / name, (self.path / name).read_text())
+        version = values.get("run_directory_version", RUN_DIRECTORY_VERSION)
+        if name == self.run_file.name and version > RUN_DIRECTORY_VERSION:
+            raise UserError(
+                f"{self.path}: run directory version {version}: expected at most {RUN_DIRECTORY_VERSION}. "
+                "It was made by a newer launcher; use that one."
+            )
+        return values
+
+    def _parse(self, path: Path, text: str) -> dict[str, Any]:
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error}). Files of a run are not edited by hand.") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}.")
+        return values
 
 
-def _git() -> dict[str, Any] | None:
-    """Commit and dirtiness of the current folder's repository; None outside one."""
-    try:
-        commit = _git_says("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git_says("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
+def checkpoint_name(step: int, attempt: int) -> str:
+    """`step-00000500-a3`"""
+    return f"step-{step:08d}-a{attempt}"
 
 
-def _git_says(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10)
-    return done.stdout.strip()
+def parse_checkpoint_name(name: str) -> tuple[int, int] | None:
+    """(step, attempt) of a checkpoint folder's name, None if it is no such name."""
+    match = re.fullmatch(r"step-(\d{8,})-a([1-9]\d*)", name)
+    return (int(match[1]), int(match[2])) if match else None

@@ -1,8 +1,7 @@
-"""Who owns a run right now: one launcher at a time over all hosts that share it; a dead owner is taken over.
+"""Who may drive a run: one live owner, proven by a file lock and, where locks do not reach, by a heartbeat that moves.
 
-First proof is a lock that the kernel drops with its process. Not every shared file system carries locks to other
-hosts, so the owner also keeps a record whose counter moves; a stranger from another host waits and watches it. No
-clocks are compared.
+No clocks are compared. The lock dies with its process. The record in the same file says who holds it; it is written in
+place, because a lock belongs to the file and not to its name. What a lost owner still writes is fenced off by the ledger.
 """
 
 from __future__ import annotations
@@ -13,152 +12,273 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import UserError
 from launcher.run.directory import RunDirectory
-from launcher.run.files import read_json, write_atomic
+from launcher.run.ledger import latest_attempt
 
-HEARTBEAT_S = 2.0
-WATCH_S = 20.0  # a record of another host whose counter stands still for so long has no living owner
+HEARTBEAT_S = 5.0
+WATCH_S = 20.0  # four heartbeats
+_SETTLE_S = 1.0  # a lock held without a live owner: somebody looks, or has just taken it and not yet signed
+_PAUSE_S = 0.02
+_RECORD_BYTES = 1024  # padded, so that each record covers the one before
+
+_held: set[int] = set()  # descriptors of this process; a forked child closes its copies, or the lock would outlive us
+_fork_hook = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """Who holds a lease.
+
+    boot_id: of the running kernel; pid and pid_start mean something only under the same one
+    pid_start: when the process started, clock ticks since boot; tells it from a later one with the same pid
+    token: unlike for every holding
+    heartbeat: grows while the owner lives
+    since: Unix seconds on the owner's host, for people only
+    released: given back in good order
+    """
+
+    host: str
+    boot_id: str
+    pid: int
+    pid_start: int | None
+    token: str
+    since: float
+    heartbeat: int = 0
+    released: bool = False
+
+    def __str__(self) -> str:
+        return f"host {self.host}, pid {self.pid}"
 
 
 class LeaseHeld(UserError):
-    """Another launcher works on this run."""
+    """Somebody else drives the run."""
+
+    def __init__(self, message: str, owner: Owner | None) -> None:
+        super().__init__(message)
+        self.owner = owner
 
 
 class Lease:
-    """What the owner holds."""
+    """A held lease.
 
-    def __init__(self, run: RunDirectory, handle: int) -> None:
-        self._file = run.control / "lease"
+    taken_from: the dead owner it was taken over from, None if it was free
+    """
+
+    def __init__(self, handle: int, owner: Owner, taken_from: Owner | None) -> None:
+        self.taken_from = taken_from
         self._handle = handle
-        self._stop = threading.Event()
-        self._record: dict[str, Any] = {**_myself(), "counter": 0, "since": time.time()}
-        self._write()
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
-        self._thread.start()
+        self._owner = owner
+        self._lost = False
+        self._write = threading.Lock()
 
-    def release(self) -> None:
-        """Give the run back."""
-        self._stop.set()
-        self._thread.join()
-        self._file.unlink(missing_ok=True)
-        os.close(self._handle)
+    @property
+    def owner(self) -> Owner:
+        return self._owner
 
-    def _write(self) -> None:
-        write_atomic(self._file, json.dumps(self._record, indent=2) + "\n")
+    @property
+    def lost(self) -> bool:
+        """Whether another host has taken the run over because it saw no heartbeat; seen at the next heartbeat."""
+        return self._lost
 
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_S):
-            self._record["counter"] += 1
-            try:
-                self._write()
-            except OSError:
-                continue  # a full disk must not end the run; the lock still stands
+    def beat(self) -> None:
+        """Show that the owner lives; called by a thread of its own."""
+        self._sign(replace(self._owner, heartbeat=self._owner.heartbeat + 1))
+
+    def _sign(self, owner: Owner) -> None:
+        with self._write:
+            signed = _read(self._handle)
+            if signed is not None and signed.token != self._owner.token:
+                self._lost = True
+            if not self._lost:
+                _sign(self._handle, owner)
+                self._owner = owner
 
 
 @contextmanager
-def hold_lease(run: RunDirectory, *, watch_s: float = WATCH_S) -> Iterator[Lease]:
-    """Own the run until the end of the block.
+def hold_lease(run: RunDirectory, *, heartbeat_s: float = HEARTBEAT_S, watch_s: float = WATCH_S) -> Iterator[Lease]:
+    """Be the one who drives the run; makes the directory if need be.
 
     Args:
-        watch_s: how long the record of an owner on another host is watched before it counts as dead.
+        watch_s: how long the heartbeat of an owner on another host must stand still before the run is taken over; at
+            least two of that owner's `heartbeat_s`
     Raises:
-        LeaseHeld: a living launcher owns it.
+        LeaseHeld: somebody else does.
     """
     run.control.mkdir(parents=True, exist_ok=True)
-    handle = os.open(run.control / "lease.lock", os.O_RDWR | os.O_CREAT, 0o644)  # close-on-exec by default
+    path = run.control / "lease"
+    handle = _lock(run, path)
+    _keep_from_children(handle)
     try:
+        before = _read(handle)
+        if before is not None and not before.released:
+            _refuse_if_alive(run, handle, before, watch_s)
+        owner = _this_process()
+        _sign(handle, owner)
+        lease = Lease(handle, owner, before if before is not None and not before.released else None)
+        ended = threading.Event()
+        thread = threading.Thread(target=_beat, args=(lease, ended, heartbeat_s), name="lease", daemon=True)
+        thread.start()
+        try:
+            yield lease
+        finally:
+            ended.set()
+            thread.join()
+            lease._sign(replace(lease.owner, released=True))
+    finally:
+        _held.discard(handle)
+        os.close(handle)
+
+
+def current_owner(run: RunDirectory) -> tuple[Owner | None, bool | None]:
+    """Who signed for the run last, and whether they live: None where that cannot be seen from here at once."""
+    try:
+        handle = os.open(run.control / "lease", os.O_RDONLY)
+    except FileNotFoundError:
+        return None, False
+    try:
+        owner = _read(handle)
+        if owner is None or owner.released:
+            return owner, False
+        if _same_kernel(owner):
+            return owner, _process_lives(owner)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return owner, True
+        return owner, None
+    finally:
+        os.close(handle)
+
+
+def _lock(run: RunDirectory, path: Path) -> int:
+    """The locked file."""
+    deadline = time.monotonic() + _SETTLE_S
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise _held(run, read_owner(run)) from None
-        owner = read_owner(run)
-        if owner is not None and _lives(run, owner, watch_s):
-            raise _held(run, owner)
-        lease = Lease(run, handle)
-    except BaseException:
-        os.close(handle)
-        raise
-    try:
-        yield lease
-    finally:
-        lease.release()
+        except BlockingIOError:
+            owner = _read(handle)
+            os.close(handle)
+            settled = owner is not None and not owner.released and (not _same_kernel(owner) or _process_lives(owner))
+            if settled or time.monotonic() >= deadline:
+                raise _held_by(run, owner) from None
+            time.sleep(_PAUSE_S)
+            continue
+        except BaseException:
+            os.close(handle)
+            raise
+        if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
+            return handle
+        os.close(handle)  # the directory was removed and made anew meanwhile
+        run.control.mkdir(parents=True, exist_ok=True)
 
 
-def read_owner(run: RunDirectory) -> dict[str, Any] | None:
-    """The record of the owner, dead or alive; None when the last one gave the run back."""
-    try:
-        return read_json(run.control / "lease")
-    except ValueError:
-        return None
-
-
-def is_owned(run: RunDirectory) -> bool:
-    """A launcher works on the run now, as far as this host can tell at once."""
-    try:
-        handle = os.open(run.control / "lease.lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(handle)
-    owner = read_owner(run)
-    return owner is not None and _same_host(owner) and _process_lives(owner)
-
-
-def _lives(run: RunDirectory, owner: dict[str, Any], watch_s: float) -> bool:
-    if _same_host(owner):
-        return _process_lives(owner)
+def _refuse_if_alive(run: RunDirectory, handle: int, before: Owner, watch_s: float) -> None:
+    """The lock was free, but its last holder did not give it back: dead, unless the lock does not reach its host."""
+    if _same_kernel(before):
+        if _process_lives(before):
+            raise _held_by(run, before)
+        return
     deadline = time.monotonic() + watch_s
     while time.monotonic() < deadline:
-        time.sleep(min(0.2, watch_s))
-        now = read_owner(run)
-        if now is None:
-            return False
-        if (now["host"], now["pid"], now["counter"]) != (owner["host"], owner["pid"], owner["counter"]):
-            return True
-    return False
+        now = _read(handle)
+        if now is not None and (now.token, now.heartbeat) != (before.token, before.heartbeat):
+            raise _held_by(run, now)
+        time.sleep(min(0.1, watch_s))
 
 
-def _held(run: RunDirectory, owner: dict[str, Any] | None) -> LeaseHeld:
-    who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
-    pid = owner["pid"] if owner else "PID"
+def _held_by(run: RunDirectory, owner: Owner | None) -> LeaseHeld:
+    attempt = latest_attempt(run)
+    if owner is None or owner.released or (_same_kernel(owner) and not _process_lives(owner)):
+        who = "a process that has not signed for it"
+        fix = f"See `fuser {run.control / 'lease'}`; end that process and start again."
+        return LeaseHeld(f"{run.path} is locked by {who}. {fix}", owner)
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner.since))
     return LeaseHeld(
-        f"{run.path}: {who} works on this run. Follow it with `launcher status {run.path}`, stop it with Ctrl-C or "
-        f"`kill {pid}` there, or start another run with run.name=..."
+        f"{run.path} is being trained already: {owner}, attempt {attempt or 'not begun yet'}, since {since} (its clock). "
+        f"Watch it by `launcher status {run.path}`; to stop it with a checkpoint, `touch {run.control / 'stop-request'}`; "
+        "to train beside it, give run.name another value.",
+        owner,
     )
 
 
-def _myself() -> dict[str, Any]:
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "pid_start": _start_of(pid)}
+def _beat(lease: Lease, ended: threading.Event, every_s: float) -> None:
+    while not ended.wait(every_s) and not lease.lost:
+        lease.beat()
 
 
-def _same_host(owner: dict[str, Any]) -> bool:
-    return (owner["host"], owner["boot"]) == (socket.gethostname(), _boot_id())
+def _keep_from_children(handle: int) -> None:
+    """A started program never gets the descriptor (close on exec); a plain fork does, and must drop it."""
+    global _fork_hook
+    if not _fork_hook:
+        os.register_at_fork(after_in_child=_close_held)
+        _fork_hook = True
+    _held.add(handle)
 
 
-def _process_lives(owner: dict[str, Any]) -> bool:
-    start = _start_of(owner["pid"])
-    return start is not None and start == owner["pid_start"]
+def _close_held() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+def _this_process() -> Owner:
+    return Owner(
+        host=socket.gethostname(), boot_id=_boot_id(), pid=os.getpid(), pid_start=_start_of(os.getpid()),
+        token=uuid.uuid4().hex, since=time.time(),
+    )  # fmt: skip
+
+
+def _same_kernel(owner: Owner) -> bool:
+    return owner.boot_id == _boot_id() and (bool(owner.boot_id) or owner.host == socket.gethostname())
+
+
+def _process_lives(owner: Owner) -> bool:
+    """Whether the owner's process is there, on this kernel; a zombie is not."""
+    if os.path.exists("/proc/self/stat"):
+        return _start_of(owner.pid) == owner.pid_start
+    try:
+        os.kill(owner.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _start_of(pid: int) -> str | None:
-    """Start of a process in clock ticks since boot (proc(5), stat, field 22); None when it is gone or a zombie."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> int | None:
+    """Start time of a live process, clock ticks since boot; None if there is none, or it is a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return None if fields[0] in ("Z", "X") else fields[19]
+    rest = text.rpartition(")")[2].split()  # the name before may hold blanks and brackets
+    return None if rest[0] in "ZX" else int(rest[19])  # fields 3 and 22 of proc(5)
+
+
+def _sign(handle: int, owner: Owner) -> None:
+    os.pwrite(handle, json.dumps(asdict(owner)).encode().ljust(_RECORD_BYTES), 0)
+    os.fsync(handle)
+
+
+def _read(handle: int) -> Owner | None:
+    """The record; None if there is none, or it is not whole."""
+    try:
+        values = json.loads(os.pread(handle, _RECORD_BYTES, 0))
+        return Owner(**{f.name: values[f.name] for f in fields(Owner) if f.name in values})
+    except (ValueError, TypeError):
+        return None

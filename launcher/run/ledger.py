@@ -1,140 +1,197 @@
-"""Which attempts a run had, and by them which checkpoints count: the fence against writers of older attempts."""
+"""The attempts of a run and which checkpoints count: the ledger's latest `start` line decides, nothing else.
+
+A new attempt writes down the checkpoints it accepts. A checkpoint counts if its marker is there and it is of the latest
+attempt or on that list; so one committed later by an older attempt is void, and stays void in every attempt after.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher import __version__
-from launcher.run.directory import RunDirectory
-from launcher.run.files import append_line, read_lines
+from launcher.run.directory import MARKER, RunDirectory, parse_checkpoint_name
+from launcher.run.files import append_line, read_lines, write_atomic
 
-MARKER = "COMMITTED"
-_NAME = re.compile(r"step-(\d{8,})-a(\d+)")
+LOCK_WAIT_S = 5.0
+_LOCK_PAUSE_S = 0.01
 
 
-@dataclass(frozen=True, slots=True)
+class StaleAttempt(Exception):
+    """A newer attempt of the run has started: this one may not change it any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One start of a run.
+    """One start of a run, as its two ledger lines tell.
 
-    number: from 1
-    accepts: names of the checkpoints of earlier attempts that count from this attempt on
-    ended: an `end` line is there; without one the attempt was killed or still lives
-    step, outcome_class: where and how it ended; None when it did not say
+    number: from 1; target, job_id: who started it and under which name (None: by hand)
+    nodes: host names, or their count where the names are not known yet
+    reason: why it was started; accepts: names of the checkpoint folders that counted then
+    time, end_time: Unix seconds on the host that wrote the line, for people only
+    ended: whether there is an `end` line; without one it runs or was killed
+    end_step, end_class: last finished step; `finished` or the class of its failure, as `Outcome.failure_class`
     """
 
     number: int
     target: str = ""
     job_id: str | None = None
-    nodes: Sequence[str] = ()
+    nodes: Any = None
     reason: str = ""
+    accepts: tuple[str, ...] = ()
+    time: float | None = None
     host: str = ""
     pid: int | None = None
-    time: float = 0.0
-    accepts: Sequence[str] = field(default_factory=tuple)
+    launcher_version: str = ""
     ended: bool = False
-    step: int | None = None
-    outcome_class: str | None = None
+    end_step: int | None = None
+    end_class: str | None = None
     end_time: float | None = None
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class CheckpointRef:
-    """A committed checkpoint that counts; ordered by step, then attempt."""
+    """A checkpoint that counts; its bytes are verified by whoever loads it."""
 
     step: int
     attempt: int
     path: Path
 
-    @property
-    def name(self) -> str:
-        return self.path.name
 
-
-def start_attempt(run: RunDirectory, *, target: str, job_id: str | None, nodes: Sequence[str], reason: str) -> int:
-    """Open the next attempt and accept the checkpoints that count now; whatever an older attempt commits later is void.
+def start_attempt(run: RunDirectory, *, target: str, job_id: str | None, nodes: Any, reason: str) -> int:
+    """Begin the next attempt, durably; the caller holds the lease. The verdict of the attempt before is cleared.
 
     Returns:
         Its number, from 1.
     """
-    with locked(run):
-        number = latest_attempt(run) + 1
+    with ledger_lock(run):
+        accepts = [checkpoint.path.name for checkpoint in valid_checkpoints(run)]
+        # folders count too: a number must not come back even if the ledger was lost
+        number = 1 + max([latest_attempt(run), *(attempt for _, attempt, _ in _folders(run))])
         line = {
-            "event": "start", "attempt": number, "target": target, "job_id": job_id, "nodes": list(nodes),
-            "reason": reason,
-            "accepts": [ref.name for ref in valid_checkpoints(run)], "time": time.time(), "host": socket.gethostname(),
-            "pid": os.getpid(), "launcher": __version__,
+            "kind": "start", "attempt": number, "target": target, "job_id": job_id, "nodes": nodes, "reason": reason,
+            "accepts": accepts, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(),
+            "launcher_version": __version__,
         }  # fmt: skip
         append_line(run.ledger_file, line)
+        (run.control / "verdict").unlink(missing_ok=True)
     return number
 
 
-def end_attempt(run: RunDirectory, attempt: int, *, step: int | None, outcome_class: str) -> None:
-    """Say how an attempt ended; harmless when a newer one has started, because it speaks of its own number alone."""
-    with locked(run):
-        line = {"event": "end", "attempt": attempt, "step": step, "class": outcome_class, "time": time.time()}
+def end_attempt(run: RunDirectory, attempt: int, *, step: int | None, outcome_class: str | None) -> None:
+    """Write down how an attempt ended; a late line of an older attempt is about that attempt alone.
+
+    Args:
+        outcome_class: the class of its failure, `preemption` included; None or `finished` when it reached its last step
+    """
+    with ledger_lock(run):
+        line = {"kind": "end", "attempt": attempt, "step": step, "class": outcome_class or "finished", "time": time.time()}
         append_line(run.ledger_file, line)
 
 
 def attempts(run: RunDirectory) -> list[Attempt]:
-    """All attempts in their order."""
-    starts: dict[int, dict[str, object]] = {}
-    ends: dict[int, dict[str, object]] = {}
+    """All attempts by number. Unknown fields and kinds of lines, of a later version, are passed over."""
+    starts: dict[int, dict[str, Any]] = {}
+    ends: dict[int, dict[str, Any]] = {}
     for line in read_lines(run.ledger_file):
-        if isinstance(line.get("attempt"), int) and line.get("event") in ("start", "end"):
-            (starts if line["event"] == "start" else ends).setdefault(line["attempt"], line)
+        if not isinstance(number := line.get("attempt"), int):
+            continue
+        if line.get("kind") == "start":
+            starts.setdefault(number, line)
+        elif line.get("kind") == "end":
+            ends.setdefault(number, line)
     return [_attempt(starts[number], ends.get(number)) for number in sorted(starts)]
 
 
 def latest_attempt(run: RunDirectory) -> int:
-    """Number of the newest attempt; 0 when there was none."""
+    """Number of the newest attempt, 0 if there is none."""
     return max((attempt.number for attempt in attempts(run)), default=0)
 
 
 def valid_checkpoints(run: RunDirectory) -> list[CheckpointRef]:
-    """Committed checkpoints that count, oldest first: those of the newest attempt and those it accepted."""
-    known = attempts(run)
-    newest = known[-1].number if known else 0
-    accepted = set(known[-1].accepts) if known else set()
-    found = [ref for ref in committed(run) if ref.attempt == newest or ref.name in accepted]
+    """The checkpoints that count, ascending by (step, attempt)."""
+    if not (known := attempts(run)):
+        return []
+    latest = known[-1]
+    found = (
+        CheckpointRef(step, attempt, path)
+        for step, attempt, path in _folders(run)
+        if (attempt == latest.number or path.name in latest.accepts) and (path / MARKER).exists()
+    )
     return sorted(found)
 
 
-def committed(run: RunDirectory) -> Iterator[CheckpointRef]:
-    """Every checkpoint folder with a marker, void ones included."""
-    if not run.checkpoints.is_dir():
-        return
-    for path in run.checkpoints.iterdir():
-        match = _NAME.fullmatch(path.name)
-        if match and (path / MARKER).exists():
-            yield CheckpointRef(int(match[1]), int(match[2]), path)
+@contextmanager
+def fenced(run: RunDirectory, attempt: int) -> Iterator[None]:
+    """While this is held no newer attempt begins: for short changes that only the newest attempt may make.
+
+    Raises:
+        StaleAttempt: a newer attempt has started.
+    """
+    with ledger_lock(run):
+        if (latest := latest_attempt(run)) > attempt:
+            raise StaleAttempt(f"{run.path}: attempt {attempt} is over, attempt {latest} has started")
+        yield
 
 
 @contextmanager
-def locked(run: RunDirectory) -> Iterator[None]:
-    """One writer of ledger or state at a time, over all hosts that share the folder's locks; held for microseconds."""
+def ledger_lock(run: RunDirectory, *, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
+    """One at a time at the ledger and the state.
+
+    A process that was stopped while it held the lock must not hold up the run for ever, so after `wait_s` the lock file is
+    replaced. That is safe: the lock only makes a stale writer notice early; what counts is decided by attempt numbers.
+    """
     run.control.mkdir(parents=True, exist_ok=True)
-    handle = os.open(run.control / "ledger.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    path = run.control / "ledger.lock"
+    deadline = time.monotonic() + wait_s
+    while (handle := _try_lock(path)) is None:
+        if time.monotonic() >= deadline:
+            write_atomic(path, b"", durable=False)
+            deadline = time.monotonic() + wait_s
+        time.sleep(_LOCK_PAUSE_S)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
 
 
-def _attempt(start: dict[str, object], end: dict[str, object] | None) -> Attempt:
-    keys = ("target", "job_id", "nodes", "reason", "host", "pid", "time", "accepts")
-    known = {key: start[key] for key in keys if key in start}
-    ending = (
-        {"ended": True, "step": end.get("step"), "outcome_class": end.get("class"), "end_time": end.get("time")}
-        if end
-        else {}
-    )
-    return Attempt(number=start["attempt"], **known, **ending)  # type: ignore[arg-type]
+def _try_lock(path: Path) -> int | None:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), os.stat(path)):  # not one that was replaced meanwhile
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(handle)
+        raise
+    os.close(handle)
+    return None
+
+
+def _folders(run: RunDirectory) -> list[tuple[int, int, Path]]:
+    """(step, attempt, path) of everything below checkpoints/ that is named like one."""
+    try:
+        names: Sequence[str] = os.listdir(run.checkpoints)
+    except FileNotFoundError:
+        return []
+    parsed = ((parse_checkpoint_name(name), run.checkpoints / name) for name in names)
+    return [(*key, path) for key, path in parsed if key]
+
+
+def _attempt(start: dict[str, Any], end: dict[str, Any] | None) -> Attempt:
+    end_fields = {"end_step": end.get("step"), "end_class": end.get("class"), "end_time": end.get("time")} if end else {}
+    return Attempt(
+        number=start["attempt"], target=start.get("target", ""), job_id=start.get("job_id"), nodes=start.get("nodes"),
+        reason=start.get("reason", ""), accepts=tuple(start.get("accepts", ())), time=start.get("time"),
+        host=start.get("host", ""), pid=start.get("pid"), launcher_version=start.get("launcher_version", ""),
+        ended=end is not None, **end_fields,
+    )  # fmt: skip

@@ -1,62 +1,76 @@
-"""How a run stands: written by rank 0 of the newest attempt alone, and read so that no older attempt's word counts."""
+"""How the run stands, as the newest attempt says; what an older attempt says never counts."""
 
 from __future__ import annotations
 
 import json
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from launcher.run.directory import RunDirectory
 from launcher.run.files import read_json, write_atomic
-from launcher.run.ledger import attempts, latest_attempt, locked
+from launcher.run.ledger import Attempt, StaleAttempt, attempts, fenced
 
-Status = Literal["running", "preempted", "finished", "failed"]
-_STATUS_OF_CLASS: dict[str, Status] = {"finished": "finished", "preemption": "preempted"}
+STATUSES = ("running", "preempted", "finished", "failed")
 
-
-class StaleAttempt(Exception):
-    """A newer attempt of the run has started; this process must stop writing."""
+__all__ = ["STATUSES", "StaleAttempt", "State", "read_state", "write_state"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """How the newest attempt stands.
+    """Where a run stands.
 
-    status: None when it has not said anything yet, or died before it could
-    more: whatever else the writer said
+    status: running, preempted, finished or failed; `queued` before the first attempt, `starting` before its first word
+    attempt: of which attempt this is, 0 if there is none
+    step: optimizer steps finished, None if not known
+    time: Unix seconds on the host that wrote it, for people only
+    more: further fields of state.json, as total_steps and loss
     """
 
-    status: Status | None
+    status: str
     attempt: int
     step: int | None = None
     time: float | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
 
-def write_state(run: RunDirectory, status: Status, *, attempt: int, step: int | None, **more: Any) -> None:
-    """Replace state.json.
+def write_state(run: RunDirectory, status: str, *, attempt: int, step: int | None, **more: Any) -> None:
+    """Replace state.json; durable unless the status is `running`.
 
     Raises:
         StaleAttempt: a newer attempt has started; nothing was written.
     """
-    with locked(run):
-        newest = latest_attempt(run)
-        if attempt < newest:
-            raise StaleAttempt(f"attempt {attempt} of {run.path} has been superseded by attempt {newest}")
-        value = {**more, "status": status, "attempt": attempt, "step": step, "time": time.time()}
-        write_atomic(run.state_file, json.dumps(value, indent=2) + "\n")
+    if status not in STATUSES:
+        raise ValueError(f"status {status!r}: expected one of {', '.join(STATUSES)}")
+    values = {**more, "status": status, "attempt": attempt, "step": step, "time": time.time()}
+    with fenced(run, attempt):
+        write_atomic(run.state_file, json.dumps(values) + "\n", durable=status != "running")
 
 
 def read_state(run: RunDirectory) -> State:
-    """What the newest attempt said last; else its end line in the ledger; never an older attempt's."""
+    """The state of the latest attempt: state.json if it is of that attempt, else what the ledger knows."""
     known = attempts(run)
-    newest = known[-1] if known else None
-    value = read_json(run.state_file)
-    if value is not None and (newest is None or value["attempt"] == newest.number):
-        more = {key: v for key, v in value.items() if key not in ("status", "attempt", "step", "time")}
-        return State(value["status"], value["attempt"], value["step"], value["time"], more)
-    if newest is None or not newest.ended:
-        return State(None, newest.number if newest else 0)
-    status = _STATUS_OF_CLASS.get(newest.outcome_class or "", "failed")
-    return State(status, newest.number, newest.step, newest.end_time)
+    latest = known[-1] if known else None
+    values = read_json(run.state_file)
+    if values is None or not _counts(values, latest):
+        return _from_ledger(latest)
+    if latest is not None and latest.ended and values["status"] == "running":
+        return _from_ledger(latest)  # the rank that should have said so was killed; the launcher saw the end
+    fixed = ("status", "attempt", "step", "time")
+    more = {key: value for key, value in values.items() if key not in fixed}
+    return State(**{key: values.get(key) for key in fixed}, more=more)  # type: ignore[arg-type]
+
+
+def _counts(values: dict[str, Any], latest: Attempt | None) -> bool:
+    """Whether the ledger knows of no newer attempt than the one that wrote these values."""
+    attempt = values.get("attempt")
+    return isinstance(attempt, int) and values.get("status") in STATUSES and attempt >= (latest.number if latest else 0)
+
+
+def _from_ledger(latest: Attempt | None) -> State:
+    if latest is None:
+        return State(status="queued", attempt=0)
+    if not latest.ended:
+        return State(status="starting", attempt=latest.number, time=latest.time)
+    status = {"finished": "finished", "preemption": "preempted"}.get(latest.end_class or "", "failed")
+    return State(status=status, attempt=latest.number, step=latest.end_step, time=latest.end_time)
