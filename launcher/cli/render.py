@@ -1,4 +1,4 @@
-"""`launcher render`: prints the whole job a recipe would start (recipe, plan, engine settings, scripts); starts nothing."""
+"""`launcher render`: prints the whole job a recipe would start: recipe, plan, engine settings, scripts."""
 
 from __future__ import annotations
 

@@ -50,6 +50,10 @@ class Agent:
     def done(self) -> bool:
         return not self._thread.is_alive()
 
+    def join(self, *, timeout_s: float) -> None:
+        """Wait for the end, so long at most."""
+        self._thread.join(timeout_s)
+
     def failures(self) -> dict[int, str]:
         """Rank to how it ended, of the ranks that failed first; empty when all ended well."""
         assert self.done()

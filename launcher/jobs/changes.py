@@ -15,7 +15,7 @@ IDENTITY = (
 )  # fmt: skip
 FREE = ("data.cache_dir", "data.num_workers")  # inside `data`, yet without effect on the samples
 PLACE = ("run.name", "run.dir")  # where the run lies; it may have been moved
-PREPARED = (*IDENTITY, "train.max_steps", "train.epochs")  # a change here makes data.json another one
+LENGTH = ("train.max_steps", "train.epochs")  # a finished run may be lengthened
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ class Change:
         return _under(self.key, IDENTITY) and not _under(self.key, FREE)
 
     @property
-    def needs_preparation(self) -> bool:
-        return _under(self.key, PREPARED) and not _under(self.key, FREE)
+    def lengthens(self) -> bool:
+        return self.key in LENGTH
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:

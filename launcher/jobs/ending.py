@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
-from launcher.run.control import Outcome
+from launcher.run.control import FailureClass, Outcome, Verdict
+
+Status = Literal["finished", "preempted", "failed"]
 
 # what other ranks say when one of them has gone: never the cause while somebody names another
 _CONSEQUENCES = ("communication", "preemption", "unknown", None)
@@ -23,13 +26,13 @@ class Ending:
     rank: the one that failed first, with its node, message and traceback
     """
 
-    status: str
-    failure_class: str | None = None
+    status: Status
+    failure_class: FailureClass | None = None
     step: int | None = None
     rank: int | None = None
-    node: str | None = None
+    node: str = ""
     message: str = ""
-    traceback: str | None = None
+    traceback: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -38,7 +41,7 @@ class Ending:
         return EXIT_FINISHED if self.status == "finished" else EXIT_PREEMPTED
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict:
         """For a scheduler's script: whether to start the run again."""
         again = self.status == "preempted" or (self.status == "failed" and self.failure_class in _REQUEUE)
         return "requeue" if again else "stop"
@@ -62,7 +65,7 @@ def judge(outcomes: Mapping[int, Outcome], died: Mapping[int, str], *, ranks: ra
             step=step,
             rank=rank,
             node=outcome.node,
-            message=outcome.message or "",
+            message=outcome.message,
             traceback=outcome.traceback,
         )
     if silent:

@@ -18,11 +18,8 @@ def train(run: str, attempt: int, server: int, environment: Mapping[str, str]) -
     """
     die_with_parent(server)
     os.environ.update(environment)
-    import torch
-
     from launcher.trainer.main import run_rank
 
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     run_rank(run, attempt)
 
 

@@ -13,13 +13,14 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 class Signals:
     """Between `with` and its end, signals only leave a note here; the supervisor reads it.
 
-    stop: why to stop, or None; at_once: a second Ctrl-C came
+    stop: why to stop, or None; passed_on: the ranks have been asked; at_once: a second Ctrl-C came
     Outside the main thread (an embedding program's) signals stay as they are.
     """
 
     def __init__(self) -> None:
         self.stop: str | None = None
         self.at_once = False
+        self.passed_on = False
         self._interrupts = 0
         self._before: dict[signal.Signals, Any] = {}
 

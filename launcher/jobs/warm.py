@@ -1,4 +1,4 @@
-"""The fork server: a process that has imported torch and the model library once; ranks start from it in milliseconds."""
+"""The fork server: a process that has imported torch and the model library once; ranks start from it at once."""
 
 from __future__ import annotations
 

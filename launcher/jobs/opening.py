@@ -1,0 +1,89 @@
+"""Opening a run: making its directory, or going on with the one that is there after listing what changed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from launcher.errors import UserError
+from launcher.jobs.changes import Change, changes, identity
+from launcher.plan import Plan
+from launcher.recipe.check import load
+from launcher.recipe.schema import Recipe, to_dict
+from launcher.run.directory import RunDirectory
+from launcher.run.ledger import latest_attempt, valid_checkpoints
+
+Say = Callable[[str], None]
+
+
+def run_directory(recipe: Recipe) -> RunDirectory:
+    """Where the run of a loaded recipe lies, whether or not it exists."""
+    assert recipe.run.name is not None
+    return RunDirectory(Path(recipe.run.dir, recipe.run.name))
+
+
+def create(run: RunDirectory, recipe: Recipe, plan: Plan) -> None:
+    """Make the run directory.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    values = to_dict(recipe)
+    try:
+        run.create(values, plan.to_dict(), identity(values))
+    except OSError as error:
+        raise UserError(f"run.dir = {recipe.run.dir}: {run.path} cannot be written ({error.strerror}).") from None
+
+
+def go_on(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say: Say) -> list[Change]:
+    """Take over what changed in the recipe since the run was last started; the caller holds the lease.
+
+    Raises:
+        UserError: a change would make it another run, and `force` is false; nothing has been written.
+    """
+    found = changes(run.read_recipe(), to_dict(recipe))
+    breaking = [change for change in found if change.breaks_identity]
+    if breaking and not force:
+        listed = "\n".join(f"  {change}" for change in breaking)
+        fix = "Give the new run another run.name, or go on with --force."
+        raise UserError(f"{run.path} is another run:\n{listed}\n{fix}")
+    for change in found:
+        say(f"changed {change}")
+    if breaking:
+        run.data_file.unlink(missing_ok=True)
+    if found:
+        run.write_recipe(to_dict(recipe))
+        run.write_plan(plan.to_dict())
+    return found
+
+
+def discard_if_fresh(run: RunDirectory, attempt: int) -> None:
+    """Remove a run whose first attempt learnt nothing because of the user's mistake: mended, it starts as a new run."""
+    learnt = run.metrics_file.exists() and run.metrics_file.stat().st_size > 0
+    if attempt == 1 and latest_attempt(run) == 1 and not learnt and not valid_checkpoints(run):
+        shutil.rmtree(run.path)
+
+
+def existing_run(path: Path) -> RunDirectory:
+    """The run in a folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    run = RunDirectory(path.absolute())
+    if not run.exists():
+        raise UserError(f"{path} is not a run directory. `launcher runs` lists those below a folder.")
+    return run
+
+
+def stored_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A run's own recipe with changes, its place being where it lies now.
+
+    Raises:
+        UserError: no run there; RecipeError: what is wrong with the result.
+    """
+    run = existing_run(path)
+    recipe = load(run.recipe_file, overrides).recipe
+    recipe.run.dir, recipe.run.name = str(run.path.parent), run.path.name
+    return recipe

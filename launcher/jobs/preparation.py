@@ -1,0 +1,95 @@
+"""Node 0's first act: the data store and data.json, made before any rank and outside any collective (L8)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher.errors import UserError
+from launcher.jobs import rank, warm
+from launcher.recipe.schema import Recipe
+from launcher.run.directory import RunDirectory
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much, of how much (0: unknown)
+
+
+class PreparationError(Exception):
+    """Preparation failed by no mistake of the user; the text is the traceback."""
+
+
+class StopAsked(Exception):
+    """The run was asked to stop before its data was ready."""
+
+
+def is_prepared(run: RunDirectory, recipe: Recipe) -> bool:
+    """Whether data.json is there, agrees with the recipe's length and batch, and the stores it names exist."""
+    data = run.read_json("data.json")
+    if data is None or data["global_batch_size"] != recipe.train.global_batch_size:
+        return False
+    if recipe.train.max_steps is None:
+        length = max(1, round(data["train"]["rows"] * (recipe.train.epochs or 1)))
+        if data["total_rows"] != length:
+            return False
+    elif data["total_steps"] != recipe.train.max_steps or data["total_rows"] is not None:
+        return False
+    return all(Path(part["store"]).is_dir() for part in (data["train"], data["eval"]) if part)
+
+
+def prepare_in_child(run: RunDirectory, *, progress: Progress, stop: Callable[[], bool]) -> None:
+    """Prepare in a warm process, so that this one stays free of the data libraries and answers signals meanwhile.
+
+    progress: called with what is being done, how much of it, and of how much
+    stop: asked ten times a second; preparation is given up when it says so, what it has built so far is kept
+
+    Raises:
+        UserError: what the data say is wrong; StopAsked: `stop` said so; PreparationError: anything else
+    """
+    receiver, sender = warm.context().Pipe(duplex=False)
+    child = warm.context().Process(target=rank.prepare, args=(str(run.path), warm.server_pid(), sender))
+    child.start()
+    sender.close()
+    try:
+        while not stop():
+            if not receiver.poll(0.1):
+                continue
+            try:
+                kind, *what = receiver.recv()
+            except EOFError:
+                child.join()
+                raise PreparationError(f"the process that prepared ended with {child.exitcode}") from None
+            if kind == "done":
+                return
+            if kind == "user":
+                raise UserError(what[0])
+            if kind == "failed":
+                raise PreparationError(what[0])
+            progress(*what)
+        raise StopAsked
+    finally:
+        receiver.close()
+        child.kill()
+        child.join()
+
+
+def prepare_run(run_path: str, progress: Progress) -> None:
+    """Prepare what the run's recipe names and write data.json, in this process."""
+    from launcher.data.prepare import prepare, write_data_json
+    from launcher.recipe.schema import from_dict
+
+    run = RunDirectory(Path(run_path))
+    prepared = prepare(from_dict(run.read_recipe()), progress=_seldom(progress))
+    write_data_json(run, prepared)
+
+
+def _seldom(progress: Progress, every_s: float = 0.1) -> Progress:
+    """Lets through the first and last call of each work and ten a second between."""
+    last: dict[str, float] = {}
+
+    def call(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - last.get(what, 0.0) >= every_s:
+            last[what] = now
+            progress(what, done, total)
+
+    return call

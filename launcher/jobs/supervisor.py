@@ -1,0 +1,255 @@
+"""One attempt of a run on this node, from lease to exit code: prepare, ranks under torch's agent, outcomes, verdict.
+
+Restarts are new attempts of the whole run, decided from the outcomes; nothing is restarted in place.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from launcher.errors import EXIT_FINISHED, UserError
+from launcher.jobs import warm
+from launcher.jobs.agent import Agent, Node
+from launcher.jobs.console import Console
+from launcher.jobs.devices import accelerator, threads_per_rank
+from launcher.jobs.ending import Ending, judge
+from launcher.jobs.environment import evaluate_setup, require_train_extra, require_variables
+from launcher.jobs.opening import create, discard_if_fresh, go_on, run_directory
+from launcher.jobs.preparation import PreparationError, StopAsked, is_prepared, prepare_in_child
+from launcher.jobs.signals import Signals
+from launcher.jobs.spec import job_spec, stop_after_s
+from launcher.jobs.targets import render
+from launcher.plan import Plan, make_plan
+from launcher.recipe.schema import Recipe
+from launcher.run.control import clear_stop, clear_verdict, read_outcomes, request_stop, write_verdict
+from launcher.run.directory import RunDirectory
+from launcher.run.lease import hold_lease
+from launcher.run.ledger import end_attempt, start_attempt
+from launcher.run.state import StaleAttempt, read_state, write_state
+
+_POLL_S = 0.05
+_OTHER_NODES_GRACE_S = 10.0  # after a failure elsewhere, for this node's ranks to notice it themselves
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What this node gives to its ranks."""
+
+    name: str
+    accelerator: str
+    threads: int
+
+    def environment(self) -> dict[str, str]:
+        """Variables that each rank gets on top of torchrun's."""
+        return {
+            "LAUNCHER_LOG": "1",
+            "LAUNCHER_NODE": self.name,
+            "LAUNCHER_ACCELERATOR": self.accelerator,
+            "OMP_NUM_THREADS": str(self.threads),
+        }
+
+
+def launch(recipe: Recipe, *, force: bool, console: Console, reason: str = "run") -> int:
+    """Train a loaded recipe here, creating its run or going on with it; the exit code of `launcher run`.
+
+    Raises:
+        UserError: whatever is wrong before a rank starts; a run made for this launch is gone again.
+    """
+    if recipe.cluster.nodes > 1:
+        count = recipe.cluster.nodes
+        raise UserError(
+            f"cluster.nodes = {count}: expected 1, because this starts one node. Print a script for each of the "
+            f"{count} nodes with `launcher render`, or start `launcher worker RUN` on each of them."
+        )
+    started = time.monotonic()
+    plan = make_plan(recipe)
+    machine = ready_machine(recipe, console.say)
+    run = run_directory(recipe)
+    with Signals() as signals:
+        created = not run.exists()
+        if created:
+            create(run, recipe, plan)
+        with hold_lease(run):
+            if not created:
+                found = go_on(run, recipe, plan, force=force, say=console.say)
+                if read_state(run).status == "finished" and not any(change.lengthens for change in found):
+                    console.say(f"{run.path} is finished; train.max_steps or train.epochs would lengthen it.")
+                    return EXIT_FINISHED
+            attempt = begin(run, recipe, plan, reason=reason)
+            ending = supervise(run, recipe, plan, attempt, Node(), machine, console, signals, started=started)
+            conclude(run, attempt, ending)
+            if ending.failure_class == "user":
+                discard_if_fresh(run, attempt)
+    tell(run, attempt, ending, console)
+    return ending.exit_code
+
+
+def ready_machine(recipe: Recipe, say: Callable[[str], None]) -> Machine:
+    """Evaluate set-up, check what the recipe asks of this node, and start the fork server with the result.
+
+    Raises:
+        UserError: something is missing here.
+    """
+    evaluate_setup(recipe.cluster.setup)
+    require_train_extra()
+    require_variables(recipe.cluster.env)
+    ranks = recipe.cluster.nproc_per_node
+    device, why = accelerator(recipe.cluster.accelerator, ranks)
+    threads = threads_per_rank(ranks)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    warm.start()
+    say(f"{ranks} rank{'s' * (ranks > 1)} on {device}: {why}; {threads} thread{'s' * (threads > 1)} each")
+    return Machine(socket.gethostname(), device, threads)
+
+
+def begin(run: RunDirectory, recipe: Recipe, plan: Plan, *, reason: str, target: str = "local") -> int:
+    """Start an attempt in the ledger and keep the job as text beside it; the caller holds the lease."""
+    clear_stop(run)
+    clear_verdict(run)
+    attempt = start_attempt(run, target=target, job_id=str(os.getpid()), nodes=[socket.gethostname()], reason=reason)
+    job = run.job(attempt)
+    job.mkdir(parents=True, exist_ok=True)
+    for name, text in render(job_spec(recipe, plan), target="torchrun").files.items():
+        (job / name).write_text(text)
+    write_state(run, "running", attempt=attempt, step=None)
+    return attempt
+
+
+def supervise(
+    run: RunDirectory,
+    recipe: Recipe,
+    plan: Plan,
+    attempt: int,
+    node: Node,
+    machine: Machine,
+    console: Console,
+    signals: Signals,
+    *,
+    started: float,
+) -> Ending:
+    """Prepare if need be, host the ranks of this node until they end, and judge how they ended."""
+    threading.Thread(target=_import_agent, name="import", daemon=True).start()
+    if (failed := prepared(run, recipe, console, signals) if node.rank == 0 else None) is not None:
+        return failed
+    console.watch(logs=run.logs(attempt), metrics=run.metrics_file, total_steps=_total_steps(run))
+    agent = Agent(
+        run=run.path,
+        attempt=attempt,
+        run_id=run.path.name,
+        ranks=plan.nproc_per_node,
+        node=node,
+        environment=machine.environment(),
+        log=run.logs(attempt) / machine.name / f"agent-{node.rank}.log",
+    )
+    limit = recipe.cluster.time_limit_min
+    deadline = None if limit is None else started + stop_after_s(limit)
+    for _ in _ticks(lambda: agent.done() or signals.at_once):
+        _pass_on_stop(run, signals, deadline, console.say)
+        console.poll()
+        if node.nodes > 1 and _failed_elsewhere(run, attempt):
+            _end_ranks(agent, grace_s=_OTHER_NODES_GRACE_S)
+    if signals.at_once:
+        _end_ranks(agent, grace_s=0)
+        console.close()
+        return Ending(status="failed", failure_class="preemption", message="ended at once by a second Ctrl-C")
+    console.close()
+    try:
+        died = agent.failures()
+    except Exception as error:  # the agent itself failed: a rendezvous, a store
+        return Ending(status="failed", failure_class="communication", message=f"{type(error).__name__}: {error}")
+    return judge(read_outcomes(run, attempt), died, ranks=range(plan.world_size))
+
+
+def prepared(run: RunDirectory, recipe: Recipe, console: Console, signals: Signals) -> Ending | None:
+    """Make the run's data ready; how the attempt ended where that did not come about."""
+    if is_prepared(run, recipe):
+        return None
+    try:
+        prepare_in_child(run, progress=console.working, stop=lambda: signals.stop is not None)
+    except UserError as error:
+        return Ending(status="failed", failure_class="user", message=str(error))
+    except PreparationError as error:
+        return Ending(
+            status="failed", failure_class="data", message="the data could not be prepared", traceback=str(error)
+        )
+    except StopAsked:
+        return Ending(
+            status="preempted", failure_class="preemption", message=f"{signals.stop} while preparing the data"
+        )
+    finally:
+        console.close()
+    return None
+
+
+def conclude(run: RunDirectory, attempt: int, ending: Ending) -> None:
+    """Write how the attempt ended: state where its ranks could not, ledger, verdict."""
+    end_attempt(run, attempt, step=ending.step, outcome_class=ending.failure_class or ending.status)
+    try:
+        if ending.status == "failed" or read_state(run).status == "running":
+            write_state(run, ending.status, attempt=attempt, step=ending.step, message=ending.message)
+    except StaleAttempt:
+        return  # cut off, and started again elsewhere: the run is not ours to speak for
+    write_verdict(run, ending.verdict)
+    clear_stop(run)
+
+
+def tell(run: RunDirectory, attempt: int, ending: Ending, console: Console) -> None:
+    """Say how the attempt ended and what to do next; a user's mistake is shown without a traceback."""
+    if ending.failure_class == "user":
+        raise UserError(ending.message)
+    step = f" at step {ending.step}" if ending.step is not None else ""
+    if ending.status == "finished":
+        console.say(f"finished{step}: {run.path}")
+    elif ending.status == "preempted":
+        console.say(f"stopped{step}. Go on with: launcher resume {run.path}")
+    else:
+        if ending.traceback:
+            console.say(ending.traceback.rstrip())
+        who = "" if ending.rank is None else f" by rank {ending.rank}" + (f" on {ending.node}" if ending.node else "")
+        console.say(f"failed{step}{who} ({ending.failure_class}): {ending.message}")
+        console.say(f"logs: {run.logs(attempt)}")
+
+
+def _import_agent() -> None:
+    """While the fork server imports, so does this process: the two overlap."""
+    import torch.distributed.launcher.api  # noqa: F401
+
+
+def _ticks(done: Callable[[], bool]) -> Iterator[None]:
+    while not done():
+        yield
+        time.sleep(_POLL_S)
+
+
+def _pass_on_stop(run: RunDirectory, signals: Signals, deadline: float | None, say: Callable[[str], None]) -> None:
+    """Turn a signal or the time limit into the stop request, once."""
+    if signals.stop is None and deadline is not None and time.monotonic() >= deadline:
+        signals.stop = "time limit"
+    if signals.stop is not None and not signals.passed_on:
+        signals.passed_on = True
+        request_stop(run, signals.stop)
+        say(f"{signals.stop}: the run stops after a checkpoint (a second Ctrl-C ends it at once)")
+
+
+def _failed_elsewhere(run: RunDirectory, attempt: int) -> bool:
+    return any(outcome.kind == "failed" for outcome in read_outcomes(run, attempt).values())
+
+
+def _end_ranks(agent: Agent, *, grace_s: float) -> None:
+    """Wait for this node's ranks to end, then kill what is left."""
+    until = time.monotonic() + grace_s
+    for _ in _ticks(lambda: agent.done() or time.monotonic() >= until):
+        pass
+    if not agent.done():
+        warm.stop()
+        agent.join(timeout_s=5)
+
+
+def _total_steps(run: RunDirectory) -> int | None:
+    data = run.read_json("data.json")
+    return None if data is None else int(data["total_steps"])

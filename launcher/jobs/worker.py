@@ -1,0 +1,137 @@
+"""One node's part of a job: node 0 leads the attempt, the others learn of it from node 0's store and follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import socket
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import EXIT_FINISHED, UserError
+from launcher.jobs.agent import Node
+from launcher.jobs.console import Console
+from launcher.jobs.ending import Ending
+from launcher.jobs.opening import existing_run, stored_recipe
+from launcher.jobs.signals import Signals
+from launcher.jobs.supervisor import begin, conclude, prepared, ready_machine, supervise, tell
+from launcher.plan import make_plan
+from launcher.run.lease import hold_lease
+from launcher.run.state import read_state
+
+JOIN_TIMEOUT_S = 3600  # for node 0 to prepare the data, and for every node to come
+_KEY = "launcher/attempt"
+
+
+def work(path: Path, *, nodes: int | None, node_rank: int, rendezvous: str | None, console: Console) -> int:
+    """Do this node's part; the exit code of `launcher worker`.
+
+    Raises:
+        UserError: no such run, impossible options, a taken port, or what the recipe asks for and this node lacks.
+    """
+    started = time.monotonic()
+    existing_run(path)
+    overrides = [] if nodes is None else [f"cluster.nodes={nodes}"]
+    recipe = stored_recipe(path, overrides)
+    node = _node(recipe.cluster.nodes, node_rank, rendezvous)
+    machine = ready_machine(recipe, console.say)
+    plan = make_plan(recipe)
+    run = existing_run(path)
+    with Signals() as signals:
+        if node.rank > 0:
+            attempt, ending = _follow(node, signals)
+            if ending is None:
+                ending = supervise(run, recipe, plan, attempt, node, machine, console, signals, started=started)
+        else:
+            with hold_lease(run):
+                if read_state(run).status == "finished":
+                    console.say(f"{run.path} is finished.")
+                    return EXIT_FINISHED
+                store = _host(node)
+                attempt = begin(run, recipe, plan, reason="worker")
+                ending = prepared(run, recipe, console, signals)
+                if store is not None:
+                    store.set(_KEY, json.dumps([attempt, ending and dataclasses.asdict(ending)]))
+                if ending is None:
+                    ending = supervise(run, recipe, plan, attempt, node, machine, console, signals, started=started)
+                conclude(run, attempt, ending)
+    tell(run, attempt, ending, console)
+    return ending.exit_code
+
+
+def _node(nodes: int, rank: int, rendezvous: str | None) -> Node:
+    if not 0 <= rank < nodes:
+        raise UserError(f"--node-rank {rank}: expected 0 to {nodes - 1}, for {nodes} nodes (--nodes).")
+    if nodes == 1:
+        return Node()
+    host, _, port = (rendezvous or "").rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--rendezvous {rendezvous}: expected HOST:PORT on node 0, because there are {nodes} nodes.")
+    return Node(
+        nodes=nodes,
+        rank=rank,
+        rendezvous=rendezvous,
+        local_address=_address_towards(host),
+        join_timeout_s=JOIN_TIMEOUT_S,
+    )
+
+
+def _address_towards(host: str) -> str:
+    """This machine's address on the interface that leads to `host`; no packet is sent."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise UserError(f"--rendezvous {host}: this machine cannot reach it ({error.strerror or error}).") from None
+
+
+def _host(node: Node) -> Any:
+    """The store that all nodes of this attempt share; None when this node is alone."""
+    if node.rendezvous is None:
+        return None
+    host, _, port = node.rendezvous.rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise UserError(
+                f"--rendezvous {node.rendezvous}: port {port} is taken on this machine. Choose another."
+            ) from None
+    from torch.distributed import TCPStore
+
+    return TCPStore(host, int(port), is_master=True, wait_for_workers=False)
+
+
+def _follow(node: Node, signals: Signals) -> tuple[int, Ending | None]:
+    """The attempt that node 0 began, and how it ended if no rank is to start; waits for node 0."""
+    assert node.rendezvous is not None
+    host, _, port = node.rendezvous.rpartition(":")
+    answers: list[tuple[int, Ending | None]] = []
+
+    def ask() -> None:
+        from torch.distributed import TCPStore
+
+        try:
+            wait = timedelta(seconds=node.join_timeout_s)
+            store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=wait)
+            attempt, ending = json.loads(store.get(_KEY))
+            answers.append((attempt, ending and Ending(**ending)))
+        except Exception as error:
+            message = f"node 0 did not answer at {node.rendezvous}: {error}"
+            answers.append((0, Ending(status="failed", failure_class="communication", message=message)))
+
+    threading.Thread(target=ask, name="follow", daemon=True).start()
+    while not answers:
+        if signals.stop is not None:
+            message = f"{signals.stop} while waiting for node 0"
+            return 0, Ending(status="preempted", failure_class="preemption", message=message)
+        time.sleep(0.05)
+    return answers[0]

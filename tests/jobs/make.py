@@ -1,0 +1,131 @@
+"""A tiny project on disk - tokenizer, data, recipe - and ways to start `launcher` on it as a person would."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launcher.run.directory import RunDirectory
+from tests.data.make import tiny_tokenizer
+
+MODEL = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 400, "tie_word_embeddings": True,
+}  # fmt: skip
+_WORDS = "the a small model learns to answer questions about foxes dogs stories numbers and itself again".split()
+
+
+def project(folder: Path, **changes: Any) -> Path:
+    """A folder with data, tokenizer and recipe.yaml; `changes` are by section, as `train={"max_steps": 5}`. The recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_tokenizer(folder / "tokenizer")
+    say = random.Random(0)
+    with (folder / "data.jsonl").open("w") as lines:
+        for number in range(120):
+            question = " ".join(say.choices(_WORDS, k=say.randint(3, 10)))
+            answer = " ".join(say.choices(_WORDS, k=say.randint(3, 20)))
+            turns = [{"role": "user", "content": f"{number} {question}?"}, {"role": "assistant", "content": answer}]
+            lines.write(json.dumps({"messages": turns}) + "\n")
+    recipe: dict[str, Any] = {
+        "run": {"name": "tiny", "dir": str(folder / "runs")},
+        "model": {"config": MODEL, "tokenizer": str(folder / "tokenizer")},
+        "data": {
+            "train": [{"path": str(folder / "data.jsonl")}], "seq_len": 128, "cache_dir": str(folder / "cache"), "num_workers": 1,
+        },
+        "train": {"global_batch_size": 4, "max_steps": 6, "precision": "fp32"},
+        "optimizer": {"lr": 1.0e-2, "warmup_steps": 2},
+        "strategy": {"kind": "ddp"},
+        "checkpoint": {"every_steps": 2, "async_save": False},
+        "cluster": {"nproc_per_node": 2, "accelerator": "cpu"},
+    }  # fmt: skip
+    for section, keys in changes.items():
+        recipe[section] = {**recipe.get(section, {}), **keys}
+    file = folder / "recipe.yaml"
+    file.write_text(json.dumps(recipe, indent=2))
+    return file
+
+
+def run_of(recipe: Path, name: str = "tiny") -> RunDirectory:
+    """The run that a project's recipe makes."""
+    return RunDirectory(recipe.parent / "runs" / name)
+
+
+def launcher(*arguments: str | Path, **more: Any) -> subprocess.Popen[str]:
+    """A `launcher` process with its output in pipes, in a process group of its own."""
+    command = [sys.executable, "-m", "launcher", *map(str, arguments)]
+    more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True, **more}
+    more["env"] = {**os.environ, "OMP_NUM_THREADS": "1", **more.get("env", {})}
+    return subprocess.Popen(command, **more)
+
+
+def finish(process: subprocess.Popen[str], *, code: int, timeout_s: float = 240) -> tuple[str, str]:
+    """Wait for a process; its output and error, after its exit code was checked."""
+    out, err = process.communicate(timeout=timeout_s)
+    assert process.returncode == code, f"ended with {process.returncode}, expected {code}\n{out}\n{err}"
+    return out, err
+
+
+def until(what: str, holds: Callable[[], Any], *, timeout_s: float = 120) -> Any:
+    """Poll until `holds()` is true; its value."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if value := holds():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not within {timeout_s} s: {what}")
+
+
+def losses(run: RunDirectory) -> dict[int, tuple[float, float]]:
+    """Step to its loss and gradient norm, the last line of a step counting."""
+    found = {}
+    for line in run.metrics_file.read_text().splitlines() if run.metrics_file.exists() else ():
+        values = json.loads(line)
+        if "loss" in values:
+            found[values["step"]] = (values["loss"], values["grad_norm"])
+    return found
+
+
+def ranks_of(parent: int) -> list[int]:
+    """Processes below `parent`, its children's children included, that are ranks of a run."""
+    return [pid for pid in descendants(parent) if b"RANK" in _word(pid)]
+
+
+def descendants(parent: int) -> list[int]:
+    """Every living process below `parent`."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (found := _stat(int(entry.name))) is not None and found[0] not in "ZX":
+            children.setdefault(found[1], []).append(int(entry.name))
+    below, new = [], [parent]
+    while new:
+        new = [child for pid in new for child in children.get(pid, [])]
+        below += new
+    return below
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    found = _stat(pid)
+    return found is not None and found[0] not in "ZX"
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[0], int(fields[1])
+
+
+def _word(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
