@@ -58,13 +58,13 @@ def set_threads(ranks: Ranks) -> int:
     return threads
 
 
-def join(device: torch.device, ranks: Ranks, *, timeout_s: float = 1800.0) -> None:
-    """Meet the other ranks; does nothing when the process group exists (tests make their own).
+def join(device: torch.device, ranks: Ranks, *, timeout_s: float = 1800.0) -> bool:
+    """Meet the other ranks; whoever made the process group, which is told by the answer, also leaves it.
 
     CPU tensors travel by gloo and GPU tensors by NCCL in the same group, so offloaded state needs no group of its own.
     """
     if dist.is_initialized():
-        return
+        return False
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0" if ranks.world_size == 1 else "29500")
     if device.type == "cuda":
@@ -73,13 +73,13 @@ def join(device: torch.device, ranks: Ranks, *, timeout_s: float = 1800.0) -> No
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=ranks.rank, world_size=ranks.world_size, timeout=timedelta(seconds=timeout_s),
     )  # fmt: skip
+    return True
 
 
 def leave() -> None:
     """Meet once more, so that nobody loses a peer in mid-message, then part; only on the way of success."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def exit_now(code: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ class TrainedModel(nn.Module):
         if found:
             return found
         lists = [m for m in self.lm.base_model.modules() if isinstance(m, nn.ModuleList)]
-        return list(max(lists, key=len)) if lists else []
+        return max(([*modules] for modules in lists), key=len, default=[])
 
 
 def hugging_face_name(name: str) -> str:
@@ -289,11 +290,12 @@ def _logit_scale(config: Any) -> float:
 
 
 def _from_config(model: Model, config: Any, implementation: str) -> Any:
+    """A model of its own config: transformers writes the attention implementation into the one it is given."""
     from transformers import AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[model.dtype], attn_implementation=implementation, trust_remote_code=model.trust_remote_code
+            copy.deepcopy(config), dtype=DTYPES[model.dtype], attn_implementation=implementation, trust_remote_code=model.trust_remote_code
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from error
@@ -304,7 +306,7 @@ def _from_pretrained(model: Model, config: Any) -> Any:
 
     try:
         lm, report = AutoModelForCausalLM.from_pretrained(
-            model.name, config=config, revision=model.revision, trust_remote_code=model.trust_remote_code,
+            model.name, config=copy.deepcopy(config), revision=model.revision, trust_remote_code=model.trust_remote_code,
             dtype=DTYPES[model.dtype], attn_implementation="eager", output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ from torch.distributed.tensor import DTensor
 from launcher.data.batches import Batches, StepBatch
 from launcher.data.packing import pack
 from launcher.data.store import Encoded, Index, Store, open_part, write_part, write_store
-from launcher.recipe.schema import Adapter, Data, Model, Objective, Optimizer, Recipe, Source, Strategy, Train
+from launcher.recipe.schema import Adapter, Data, Model, Objective, Optimizer, Recipe, Source, Strategy, Train, to_dict
+from launcher.run.control import read_outcomes
+from launcher.run.directory import RunDirectory
+from launcher.run.ledger import start_attempt
 from launcher.trainer import engines, model, objectives
+from launcher.trainer.main import run_rank
 from launcher.trainer.model import hugging_face_name
+from tests.ranks import run_ranks
 
 VOCAB = 97
 LLAMA: dict[str, Any] = {
@@ -114,3 +120,32 @@ def weights_of(engine: Any) -> dict[str, torch.Tensor]:
     """Whole weights by Hugging Face name; collective."""
     engine.reshard()
     return {hugging_face_name(n): whole(p) for n, p in engine.module.named_parameters()}
+
+
+def make_run(folder: Path, recipe: Recipe, *, total_steps: int = 6, evaluation: bool = True) -> RunDirectory:
+    """A run directory as the launch side and `prepare` would leave it, over a made store."""
+    store = folder / "store"
+    path = store / "packed" if store.exists() else documents_store(store)
+    opened = Store.open(path)
+    run = RunDirectory(folder / "run")
+    run.create(to_dict(recipe), {}, {})
+    part = {"store": str(path), "rows": opened.rows, "trained_weight": float(opened.row_weight.sum())}
+    data = {
+        "version": 1, "train": part, "eval": part if evaluation else None, "vocab_size": VOCAB, "total_rows": None,
+        "global_batch_size": recipe.train.global_batch_size, "total_steps": total_steps,
+    }  # fmt: skip
+    run.data_file.write_text(json.dumps(data))
+    return run
+
+
+def run_attempt(run: RunDirectory, world_size: int) -> list[Any]:
+    """One attempt on so many ranks; what each rank's `run_rank` came to, as (outcome kind, step)."""
+    attempt = start_attempt(run, target="test", job_id=None, nodes=["here"], reason="test")
+    run_ranks(rank_of_run, world_size, str(run.path), attempt)
+    outcomes = read_outcomes(run, attempt)
+    return [(outcomes[rank].kind, outcomes[rank].step) for rank in range(world_size)]
+
+
+def rank_of_run(rank: int, world_size: int, path: str, attempt: int) -> None:
+    """What a rank of a test run does."""
+    run_rank(path, attempt)

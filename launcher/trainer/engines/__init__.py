@@ -60,7 +60,7 @@ class Engine(Protocol):
         """Called after state was written in place."""
 
     def parameter_shapes(self) -> dict[str, dict[str, Any]]:
-        """Hugging Face name -> {shape, dtype, trainable}."""
+        """Hugging Face name -> {shape, dtype, trainable}, persistent buffers included."""
 
     def trainer_state(self) -> dict[str, Any]:
         """What beside the pieces must survive: the optimizer's count, the fp16 loss scale. Waits for the device."""

@@ -1,0 +1,94 @@
+"""One rank under plain torchrun: `torchrun ... -m launcher.trainer RUN`; ends 0 or 1, state.json says the rest.
+
+Without --attempt, rank 0 starts an attempt of its own in the run's ledger and holds the run's lease, as `launcher run`
+would, and the others are told its number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED, UserError
+
+if TYPE_CHECKING:
+    from launcher.run.directory import RunDirectory
+
+
+def main() -> None:
+    """Train, then end by `os._exit`: gloo's threads abort a process that shuts its interpreter down."""
+    from launcher.trainer.distributed import exit_now
+
+    parser = argparse.ArgumentParser(prog="python -m launcher.trainer", description=__doc__)
+    parser.add_argument("run", help="run directory, prepared: recipe.yaml, plan.json and data.json are there")
+    parser.add_argument("--attempt", type=int, help="number of an attempt that was started by somebody else")
+    arguments = parser.parse_args()
+    try:
+        with _attempt(Path(arguments.run), arguments.attempt) as attempt:
+            from launcher.trainer.main import run_rank
+
+            run_rank(arguments.run, attempt)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        exit_now(EXIT_FAILED)
+    except BaseException as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        exit_now(EXIT_FAILED)
+    exit_now(EXIT_FINISHED)
+
+
+@contextlib.contextmanager
+def _attempt(path: Path, given: int | None) -> Iterator[int]:
+    """The number of the attempt; one that is started here is also ended here."""
+    if given is not None:
+        yield given
+        return
+    import torch
+    import torch.distributed as dist
+
+    from launcher.recipe.schema import from_dict
+    from launcher.run.control import clear_stop
+    from launcher.run.directory import RunDirectory
+    from launcher.run.lease import hold_lease
+    from launcher.run.ledger import start_attempt
+    from launcher.trainer.distributed import Ranks, choose_device, join, leave
+    from launcher.trainer.main import node_name
+
+    run, ranks = RunDirectory(path), Ranks.from_environment()
+    accelerator = os.environ.get("LAUNCHER_ACCELERATOR") or from_dict(run.read_recipe()).cluster.accelerator
+    device = choose_device(accelerator, ranks)
+    join(device, ranks)
+    number = torch.zeros((), dtype=torch.int64, device=device)
+    with hold_lease(run) if ranks.rank == 0 else contextlib.nullcontext():
+        if ranks.rank == 0:
+            clear_stop(run)
+            number += start_attempt(run, target="torchrun", job_id=None, nodes=[node_name()], reason="plain torchrun")
+        dist.broadcast(number, src=0)
+        try:
+            yield int(number)
+        finally:
+            if ranks.rank == 0:
+                _end(run, int(number))
+        leave()
+
+
+def _end(run: RunDirectory, attempt: int) -> None:
+    """What the supervisor would write: the end of the attempt, and the state of one that failed."""
+    from launcher.run.control import read_outcomes
+    from launcher.run.ledger import end_attempt
+    from launcher.run.state import write_state
+
+    mine = read_outcomes(run, attempt).get(0)
+    kind, step = ("unknown", None) if mine is None else (mine.failure_class or mine.kind, mine.step)
+    if mine is None or mine.kind == "failed":
+        write_state(run, "failed", attempt=attempt, step=step)
+    end_attempt(run, attempt, step=step, outcome_class=kind)
+
+
+if __name__ == "__main__":
+    main()

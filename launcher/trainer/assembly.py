@@ -1,0 +1,123 @@
+"""Puts a rank's parts together from the run directory: engine with weights or checkpoint, rows, reports, saver."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher.data.batches import Batches
+from launcher.data.store import Store
+from launcher.errors import UserError
+from launcher.trainer import engines, model, objectives
+from launcher.trainer.loop import Training
+from launcher.trainer.metrics import MetricsWriter
+from launcher.trainer.proof import prove_isolation
+from launcher.trainer.reports import Figures, Reports
+from launcher.trainer.rows import Prefetch
+from launcher.trainer.saving import Saver
+from launcher.trainer.trackers import open_trackers
+
+if TYPE_CHECKING:
+    from launcher.recipe.schema import Recipe
+    from launcher.run.directory import RunDirectory
+    from launcher.trainer.distributed import Ranks
+
+
+def assemble(
+    run: RunDirectory, recipe: Recipe, *, attempt: int, ranks: Ranks, device: torch.device, stop_asked: Callable[[], bool]
+) -> Training:
+    """Everything up to the first step; collective.
+
+    Raises:
+        UserError: something of the recipe does not fit the model, the data or this machine.
+    """
+    from launcher.run.ledger import valid_checkpoints
+    from launcher.trainer.checkpoint.manager import CheckpointManager
+
+    data = read_data(run)
+    resuming = bool(valid_checkpoints(run))
+    engine, backend = build_engine(recipe, data, ranks=ranks, device=device, fill=not resuming)
+    manager = CheckpointManager(
+        run, attempt=attempt, rank=ranks.rank, world_size=ranks.world_size, keep_last=recipe.checkpoint.keep_last,
+        keep_every_steps=recipe.checkpoint.keep_every_steps, asynchronous=recipe.checkpoint.async_save,
+        meta={"run_id": run.run_id(), "engine": recipe.strategy.kind, "optimizer": recipe.optimizer.kind},
+    )  # fmt: skip
+    state = manager.load_latest(engine) if resuming else None  # raises when there are checkpoints and none is sound
+    if state is not None:
+        engine.load_trainer_state(state)
+    step = int(state["step"]) if state else 0
+    prove_isolation(engine, backend=backend, vocab_size=data["vocab_size"])
+    if ranks.rank == 0:
+        print(f"{'resumed at' if state else 'begins at'} step {step} of {data['total_steps']}", flush=True)
+    return Training(
+        recipe=recipe, run=run, attempt=attempt, ranks=ranks, engine=engine,
+        rows=_rows(recipe, data, ranks=ranks, device=device, backend=backend, step=step),
+        eval_store=Store.open(data["eval"]["store"]) if data.get("eval") else None, backend=backend,
+        reports=_reports(run, recipe, data, engine, attempt=attempt, ranks=ranks, step=step),
+        saver=Saver(manager, engine, recipe.checkpoint, step=step if state else None, rank=ranks.rank),
+        stop_asked=stop_asked, total_steps=int(data["total_steps"]), step=step,
+    )  # fmt: skip
+
+
+def read_data(run: RunDirectory) -> dict[str, Any]:
+    """What `prepare` wrote.
+
+    Raises:
+        UserError: it has not run.
+    """
+    try:
+        data: dict[str, Any] = json.loads(run.data_file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{run.data_file}: missing, so the data is not prepared. Run `launcher run`, which prepares it.") from None
+    return data
+
+
+def build_engine(
+    recipe: Recipe, data: dict[str, Any], *, ranks: Ranks, device: torch.device, fill: bool
+) -> tuple[engines.Engine, str]:
+    """(engine, attention back end); with `fill` it holds the first weights, else undefined ones."""
+    precision = engines.choose_precision(recipe.train.precision, recipe.model.dtype, device)
+    skeleton = model.build_for(
+        recipe.model, device=device, compute=precision.compute, objective_kind=recipe.objective.kind
+    )
+    model.check_vocabulary(skeleton.config, data_vocab_size=data["vocab_size"])
+    weights = None
+    if ranks.rank == 0:
+        parameters = sum(p.numel() for p in skeleton.module.parameters())
+        print(f"model: {skeleton.config.model_type}, {parameters:,} parameters, {ranks.world_size} x {device.type}")
+        compute = str(precision.compute).removeprefix("torch.")
+        for note in (f"precision: {compute} ({precision.reason})", *skeleton.notes):
+            print(note, flush=True)
+        if fill:
+            weights = model.read_weights(recipe.model, skeleton.config, seed=recipe.train.seed)
+    engine = engines.build(recipe, skeleton.module, device=device, precision=precision, weights=weights, fill=fill)
+    return engine, skeleton.backend
+
+
+def _rows(
+    recipe: Recipe, data: dict[str, Any], *, ranks: Ranks, device: torch.device, backend: str, step: int
+) -> Prefetch:
+    total = int(data["total_steps"])
+    batches = Batches(
+        Store.open(data["train"]["store"]), seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size,
+        micro_batch_size=recipe.train.micro_batch_size, world_size=ranks.world_size, rank=ranks.rank, total_steps=total,
+        total_rows=data.get("total_rows"),
+    )  # fmt: skip
+    objective = objectives.get(recipe.objective.kind)
+    return Prefetch(batches, objective, backend=backend, device=device, first=step, last=total)
+
+
+def _reports(
+    run: RunDirectory, recipe: Recipe, data: dict[str, Any], engine: Any, *, attempt: int, ranks: Ranks, step: int
+) -> Reports:
+    figures = None
+    if ranks.rank == 0:
+        figures = Figures(
+            metrics=MetricsWriter(run.metrics_file), trackers=open_trackers(list(recipe.logging.trackers), run.path, step=step),
+            module=engine.module, device=engine.device, world_size=ranks.world_size, attempt=attempt,
+            every=recipe.logging.every_steps, total_steps=int(data["total_steps"]),
+        )  # fmt: skip
+    return Reports(figures, device=engine.device, stop_on_nonfinite=recipe.train.on_nonfinite == "stop")

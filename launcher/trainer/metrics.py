@@ -1,0 +1,122 @@
+"""The figures of a run: metrics.jsonl, their units, how they are read back, and the picture of the loss.
+
+One JSON object a line. A logged step has step (finished updates, from 1), loss (of that step's global batch), lr, grad_norm
+(before clipping), tokens (of the global batch), tokens_per_s (over all ranks, since the last logged step), mfu (share of
+the device's peak, null where unknown), memory_gib (peak of rank 0), data_wait_s (time rank 0 waited for rows since the
+last logged step), time (Unix seconds), attempt. An evaluation has step and eval_loss. A resumed run repeats steps: the
+last line of a step counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# dense bf16 peak of one device in FLOP/s, from the makers' data sheets
+_PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "GB200": 2500e12, "A100": 312e12, "L40S": 362e12}
+
+
+class MetricsWriter:
+    """Appends lines, one write a line, so that a kill never leaves half of two lines mixed; synced at checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line."""
+        os.write(self._handle, (json.dumps(values) + "\n").encode())
+
+    def sync(self) -> None:
+        """Make the lines durable."""
+        os.fsync(self._handle)
+
+    def close(self) -> None:
+        """Sync and close."""
+        self.sync()
+        os.close(self._handle)
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(logged steps, evaluations), each ascending by step, the last line of a step alone; a torn last line is skipped."""
+    steps: dict[int, dict[str, Any]] = {}
+    evaluations: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the process was killed in mid-write
+        (evaluations if "eval_loss" in values else steps)[values["step"]] = values
+    return [steps[s] for s in sorted(steps)], [evaluations[s] for s in sorted(evaluations)]
+
+
+def flops_per_step(module: Any, *, tokens: int, cost: float) -> float:
+    """Floating point operations of one global batch, recomputation not counted.
+
+    6 x (parameters - input embedding) a token, and 6 x layers x heads x head_dim x sum of squared document lengths for
+    causal attention (the convention of NVIDIA's Megatron Bridge; a tied embedding is also the head and counts).
+
+    Args:
+        cost: sum of the squared document lengths
+    """
+    config = module.lm.config.get_text_config()
+    parameters = sum(p.numel() for p in module.parameters())
+    if not getattr(config, "tie_word_embeddings", False):
+        parameters -= module.lm.get_input_embeddings().weight.numel()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 6.0 * parameters * tokens + 6.0 * config.num_hidden_layers * heads * head_dim * cost
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of the device, None where unknown (a CPU, another GPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for word, peak in sorted(_PEAKS.items(), key=lambda item: -len(item[0])) if word in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank: of the GPU, or resident where there is none."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def plot_loss(metrics: Path, png: Path, *, title: str) -> None:
+    """Draw training and evaluation loss over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps, evaluations = read_metrics(metrics)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], linewidth=1, label="training")
+    if evaluations:
+        axes.plot([e["step"] for e in evaluations], [e["eval_loss"] for e in evaluations], "o-", label="evaluation")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    fresh = png.with_name(f".{png.name}")
+    figure.savefig(fresh, format="png")
+    pyplot.close(figure)
+    os.replace(fresh, png)
+
+
+def console_line(values: dict[str, Any], *, total_steps: int) -> str:
+    """`step 12/400  loss 3.2100  lr 2.0e-04  norm 1.2  1.2k tok/s`"""
+    rate = values["tokens_per_s"]
+    shown = f"{rate / 1000:.1f}k" if rate >= 1000 else f"{rate:.0f}"
+    mfu = f"  mfu {values['mfu']:.1%}" if values["mfu"] is not None else ""
+    return (
+        f"step {values['step']}/{total_steps}  loss {values['loss']:.4f}  lr {values['lr']:.1e}  "
+        f"norm {values['grad_norm']:.2f}  {shown} tok/s{mfu}"
+    )

@@ -1,0 +1,160 @@
+"""What the ranks tell each other once a step, and what becomes of it one step later: figures, stop, save, not finite."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.trainer.failures import NonFiniteError
+from launcher.trainer.metrics import MetricsWriter, console_line, flops_per_step, memory_gib, peak_flops
+from launcher.trainer.rows import StepRows
+from launcher.trainer.trackers import Tracker
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What the ranks agreed on: checkpoint and stop, or checkpoint and go on."""
+
+    stop: bool = False
+    save: bool = False
+
+
+@dataclass(slots=True)
+class Pending:
+    """A reduction under way and what belongs to it.
+
+    step: updates finished after the step it reports
+    vector: [4] float64 on the device: loss, not finite, stop, save; summed over ranks when `work` is done
+    norm: 0-d, on the device, the same on every rank
+    at: seconds of training time when the step had been sent to the device; evaluations do not count
+    """
+
+    step: int
+    vector: Tensor
+    work: Any
+    norm: Tensor
+    lr: float
+    rows: StepRows
+    at: float
+
+
+@dataclass(slots=True)
+class Figures:
+    """Where rank 0 puts the figures of logged steps; other ranks have none.
+
+    every: steps between two logged ones
+    """
+
+    metrics: MetricsWriter
+    trackers: list[Tracker]
+    module: Any
+    device: torch.device
+    world_size: int
+    attempt: int
+    every: int
+    total_steps: int
+    last: dict[str, Any] = field(default_factory=dict)
+    _tokens: int = 0
+    _flops: float = 0.0
+    _wait_s: float = 0.0
+    _since: float = field(default_factory=time.perf_counter)
+
+    def step(self, report: Pending, loss: float) -> None:
+        """Count a finished step; write it if it is due."""
+        self._tokens += report.rows.tokens
+        self._flops += flops_per_step(self.module, tokens=report.rows.tokens, cost=report.rows.cost)
+        self._wait_s += report.rows.wait_s
+        if report.step % self.every and report.step != self.total_steps:
+            return
+        elapsed = max(report.at - self._since, 1e-9)
+        peak = peak_flops(self.device)
+        self.write({
+            "step": report.step, "loss": loss, "lr": report.lr, "grad_norm": float(report.norm), "tokens": report.rows.tokens,
+            "tokens_per_s": self._tokens / elapsed, "mfu": self._flops / elapsed / (peak * self.world_size) if peak else None,
+            "memory_gib": memory_gib(self.device), "data_wait_s": self._wait_s,
+        })  # fmt: skip
+        print(console_line(self.last, total_steps=self.total_steps), flush=True)
+        self._tokens, self._flops, self._wait_s, self._since = 0, 0.0, 0.0, report.at
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Write an evaluation."""
+        self.write({"step": step, "eval_loss": loss})
+        print(f"step {step}/{self.total_steps}  evaluation loss {loss:.4f}", flush=True)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """One line, everywhere; a number that is not finite is null in JSON."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        if "loss" in values:
+            self.last = {**values, "loss": values["loss"] if values["loss"] is not None else math.nan}
+            self.last["grad_norm"] = values["grad_norm"] if values["grad_norm"] is not None else math.nan
+        self.metrics.write({**values, "time": time.time(), "attempt": self.attempt})
+        for tracker in self.trackers:
+            tracker.log(values)
+
+    def close(self) -> None:
+        """Close every receiver."""
+        self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+class Reports:
+    """The one reduction a step.
+
+    Args:
+        figures: on rank 0
+        stop_on_nonfinite: raise, one step late, when a step's update was dropped; else count it
+    """
+
+    def __init__(self, figures: Figures | None, *, device: torch.device, stop_on_nonfinite: bool) -> None:
+        self.figures, self._device, self._stop = figures, device, stop_on_nonfinite
+        self.skipped = 0
+        self._paused_s = 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Leave `seconds`, of an evaluation, out of the rates."""
+        self._paused_s += seconds
+
+    def send(
+        self, rows: StepRows, *, loss: Tensor, nonfinite: Tensor, norm: Tensor, lr: float, stop: bool, save: bool
+    ) -> Pending:
+        """Start the reduction of a step; nobody waits for it.
+
+        Args:
+            loss: 0-d float64 on the device, this rank's share of the global batch's loss
+            nonfinite: 0-d float64 on the device
+        """
+        flags = torch.tensor([float(stop), float(save)], dtype=torch.float64).to(self._device, non_blocking=True)
+        vector = torch.cat([torch.stack([loss, nonfinite]), flags])
+        work = dist.all_reduce(vector, async_op=True)
+        return Pending(rows.step + 1, vector, work, norm, lr, rows, time.perf_counter() - self._paused_s)
+
+    def read(self, report: Pending | None) -> Signals:
+        """Take the figures of a step whose successor is under way already.
+
+        Raises:
+            NonFiniteError: on every rank alike.
+        """
+        if report is None:
+            return Signals()
+        report.work.wait()
+        loss, nonfinite, stop, save = report.vector.tolist()
+        if nonfinite:
+            self._not_finite(report.step, loss)
+        if self.figures is not None:
+            self.figures.step(report, loss)
+        return Signals(stop > 0, save > 0)
+
+    def _not_finite(self, step: int, loss: float) -> None:
+        text = f"step {step}: loss {loss} or its gradient is not finite; the weights were left as they were"
+        if self._stop:
+            raise NonFiniteError(f"{text}. Set train.on_nonfinite=skip to go on, or lower optimizer.lr.")
+        self.skipped += 1
+        if self.figures is not None:
+            print(f"warning: {text} ({self.skipped} skipped so far)", flush=True)

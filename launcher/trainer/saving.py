@@ -1,0 +1,104 @@
+"""When checkpoints are written, and what happens when one cannot be: the run goes on and tries again."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.trainer.failures import SaveError
+
+if TYPE_CHECKING:
+    from launcher.recipe.schema import Checkpoint
+    from launcher.trainer.checkpoint.manager import CheckpointManager
+    from launcher.trainer.engines import Engine
+
+FIRST_RETRY_S = 10.0
+LONGEST_RETRY_S = 600.0
+DURABLE_TRIES = 4
+
+
+class Saver:
+    """The checkpoints of a run.
+
+    Args:
+        step: the step of the checkpoint that was loaded, None when the run begins
+        rank: rank 0 keeps the clock: saves by time and retries are its flag in the step's reduction
+    """
+
+    def __init__(
+        self, manager: CheckpointManager, engine: Engine, checkpoint: Checkpoint, *, step: int | None, rank: int
+    ) -> None:
+        self._manager, self._engine, self._keys, self._rank = manager, engine, checkpoint, rank
+        self.saved_step = step
+        self._last = time.monotonic()
+        self._retry_at: float | None = None
+        self._retry_s = FIRST_RETRY_S
+
+    def due(self, step: int) -> bool:
+        """Whether the number of steps alone asks for one."""
+        return self._keys.every_steps is not None and step % self._keys.every_steps == 0
+
+    def wanted(self) -> bool:
+        """Rank 0's wish: minutes have passed, or a failed save is to be tried again."""
+        if self._rank:
+            return False
+        now, minutes = time.monotonic(), self._keys.every_minutes
+        return (self._retry_at is not None and now >= self._retry_at) or (
+            minutes is not None and now - self._last >= 60 * minutes
+        )
+
+    def save(self, step: int) -> None:
+        """Begin a checkpoint of this step; collective in the sense that every rank calls it."""
+        self._last, self._retry_at = time.monotonic(), None
+        self.saved_step = step
+        self._engine.ensure_state()
+        self._manager.save(step, self._engine, self._state(step))
+
+    def look(self) -> bool:
+        """Whether a save has ended well since the last look; a failed one is said and put on the clock."""
+        ended = False
+        while (status := self._manager.poll()).state in ("done", "failed"):
+            if status.state == "failed":
+                self._postpone(status.reason)
+            else:
+                ended, self._retry_s = True, FIRST_RETRY_S
+                if status.reason and self._rank == 0:
+                    print(f"warning: checkpoint of step {status.step}: {status.reason}", flush=True)
+        return ended
+
+    def save_durably(self, step: int, device: torch.device) -> None:
+        """A checkpoint of this step on disk before this returns, on every rank.
+
+        Raises:
+            SaveError: on every rank, when it cannot be written in several tries.
+        """
+        problem = ""
+        for attempt in range(DURABLE_TRIES):
+            if self.saved_step != step:
+                self.save(step)
+            status = self._manager.wait()
+            failed = torch.tensor(float(status.state == "failed"), device=device)
+            dist.all_reduce(failed)
+            if not failed.item():
+                return
+            self.saved_step, problem = None, status.reason or problem
+            if self._rank == 0:
+                print(f"warning: {problem or 'another rank could not write'}; trying again", flush=True)
+            time.sleep(2.0**attempt)
+        raise SaveError(f"step {step}: no checkpoint could be written in {DURABLE_TRIES} tries: {problem}")
+
+    def _postpone(self, reason: str | None) -> None:
+        self.saved_step = None
+        self._retry_at = time.monotonic() + self._retry_s
+        if self._rank == 0:
+            print(
+                f"warning: no checkpoint was written: {reason}. Training goes on; next try in {self._retry_s:.0f} s.",
+                flush=True,
+            )
+        self._retry_s = min(2 * self._retry_s, LONGEST_RETRY_S)
+
+    def _state(self, step: int) -> dict[str, Any]:
+        return {"step": step, **self._engine.trainer_state()}
