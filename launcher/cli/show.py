@@ -15,7 +15,7 @@ def command(recipe: str, overrides: tuple[str, ...], origin: bool) -> None:
     example: launcher show recipes/llama3.1-8b-fsdp2.yaml strategy=ddp --origin
     """
     from launcher.recipe.compose import compose
-    from launcher.recipe.read import dump
+    from launcher.recipe.read import dump, dump_leaf
     from launcher.recipe.schema import to_dict
     from launcher.recipe.tree import leaves
 
@@ -24,7 +24,7 @@ def command(recipe: str, overrides: tuple[str, ...], origin: bool) -> None:
     if not origin:
         click.echo(dump(values), nl=False)
         return
-    lines = [(f"{key}: {dump([value]).strip()[1:-1]}", str(composed.origins[key])) for key, value in leaves(values)]
+    lines = [(f"{key}: {dump_leaf(value)}", str(composed.origins[key])) for key, value in leaves(values)]
     width = min(60, max(len(text) for text, _ in lines))
     for text, place in lines:
         click.echo(f"{text:<{width}}  # {place}")

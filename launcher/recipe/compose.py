@@ -8,6 +8,7 @@ are done here, because OmegaConf reports one mistake at a time, converts "5" to 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,7 +24,8 @@ from launcher.recipe.typed import build
 __all__ = ["DEFAULT", "Composed", "Draft", "Origin", "compose", "draft"]
 
 SECTIONS = tuple(f.name for f in fields(Recipe))
-LITERAL = ("cluster.setup",)  # shell lines: their ${...} belongs to the shell
+SHELL_LINES = ("cluster", "setup")  # their ${...} belongs to the shell
+_RESOLVER = re.compile(r"\$\{[^{}$]*:")
 
 # of each group one key may be given; one given at a higher level takes away the others given below
 EXCLUSIVE: tuple[dict[str, Any], ...] = (
@@ -103,7 +105,11 @@ def _levels(file: Path, overrides: Sequence[str], problems: list[Problem]) -> It
     if cluster := os.environ.get("LAUNCHER_CLUSTER"):
         origin = Origin(f"LAUNCHER_CLUSTER={cluster}")
         yield _with_presets(Node({"cluster": Node(cluster, origin)}, origin), file.parent, problems)
-    yield _with_presets(read_arguments(overrides, problems, sections=SECTIONS), file.parent, problems)
+    arguments = read_arguments(overrides, problems, sections=SECTIONS)
+    if extends := arguments.value.pop("extends", None):
+        fix = "Write extends: in the recipe's file."
+        problems.append(Problem("extends", extends.plain(), "no argument", fix, str(extends.origin)))
+    yield _with_presets(arguments, file.parent, problems)
 
 
 def _chain(file: Path, problems: list[Problem]) -> list[tuple[Path, Node]]:
@@ -191,46 +197,61 @@ def _drop_rivals(section: str, below: Node, given: dict[str, Node]) -> Node:
     for group in EXCLUSIVE:
         names = {key.partition(".")[2]: empty for key, empty in group.items() if key.startswith(f"{section}.")}
         chosen = [name for name, empty in names.items() if name in given and given[name].value not in (None, empty)]
+        given_below = [
+            name for name, empty in names.items() if name in values and values[name].value not in (None, empty)
+        ]
         if len(chosen) == 1:
             origin = given[chosen[0]].origin
-            values.update({name: Node(empty, origin) for name, empty in names.items() if name not in given})
+            values.update({name: Node(names[name], origin) for name in given_below if name not in given})
     return Node(values, below.origin)
 
 
 def _interpolate(tree: Node, problems: list[Problem]) -> None:
     """Put the values of other keys in place of `${...}`, in place."""
-    wanting = [(key, node) for key, node in _texts(tree, "") if "${" in node.value and not key.startswith(LITERAL)]
+    wanting = [(path, node) for path, node in _texts(tree, ()) if "${" in node.value and path[:2] != SHELL_LINES]
     if not wanting:
         return
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    plain = tree.plain()
-    plain.get("cluster", {}).pop("setup", None)
-    values = OmegaConf.create(plain)
-    for key, node in wanting:
-        if "${" in node.value and ":" in node.value.partition("${")[2].partition("}")[0]:
+    def refuse(path: tuple[str, ...], node: Node, expected: str, fix: str = "") -> None:
+        problems.append(Problem(".".join(path), node.plain(), expected, fix, str(node.origin)))
+        node.value = BAD
+
+    for path, node in wanting:
+        if _RESOLVER.search(node.value):
             fix = "Name a secret in cluster.env, give any other value as key=value."
-            problems.append(
-                Problem(key, node.value, "no resolver: a recipe reads nothing from outside", fix, str(node.origin))
-            )
-            node.value = BAD
+            refuse(path, node, "no resolver: a recipe reads nothing from outside", fix)
             continue
         try:
-            value = OmegaConf.select(values, key, throw_on_missing=True)
+            OmegaConf.create([node.value])
+        except OmegaConfBaseException as error:
+            refuse(path, node, f"the name of another key in ${{...}} ({str(error).splitlines()[0]})")
+    plain = tree.plain()
+    if isinstance(plain.get("cluster"), dict):
+        plain["cluster"].pop("setup", None)
+    values = OmegaConf.create(plain)
+    for path, node in wanting:
+        if node.value is BAD:
+            continue
+        try:
+            value = _at(values, path)
             value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            problems.append(
-                Problem(key, node.value, f"the name of another key in ${{...}} ({reason})", "", str(node.origin))
-            )
-            node.value = BAD
+            refuse(path, node, f"the name of another key in ${{...}} ({str(error).splitlines()[0]})")
             continue
         node.value = node_of(value, node.origin).value
 
 
-def _texts(node: Node, key: str) -> Iterator[tuple[str, Node]]:
+def _at(config: Any, path: tuple[str, ...]) -> Any:
+    """The resolved value at a path of keys and indices (not a dotted key: free keys may hold dots)."""
+    for name in path:
+        config = config[name] if hasattr(config, "keys") else config[int(name)]
+    return config
+
+
+def _texts(node: Node, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Node]]:
     if isinstance(node.value, str):
-        yield key, node
+        yield path, node
     for name, inner in children(node.value):
-        yield from _texts(inner, f"{key}.{name}" if key else name)
+        yield from _texts(inner, (*path, name))

@@ -13,7 +13,7 @@ from typing import Any
 from launcher.errors import Problem, nearest
 from launcher.recipe.schema import Recipe, Source
 
-DATA_ENDINGS = (".json", ".jsonl", ".parquet", ".csv", ".txt")
+DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _GLOB = re.compile(r"[*?\[]")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -57,6 +57,8 @@ def check_model_paths(recipe: Recipe) -> Iterator[Problem]:
         full = f"model.{key}"
         if not looks_like_path(word):
             yield from _hub_id(full, word)
+        elif key == "tokenizer" and word.endswith(".json") and os.path.isfile(absolute(word)):
+            continue  # a tokenizer.json alone, as the tokenizers library writes it
         elif not os.path.isdir(path := absolute(word)):
             yield Problem(full, word, "a folder that exists, or a hub id as org/name", _beside(path))
         elif not any(os.path.isfile(os.path.join(path, file)) for file in needed):

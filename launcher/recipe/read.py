@@ -22,7 +22,7 @@ _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 _FLOAT = re.compile(r"[-+]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _INF_NAN = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9]*)?")
-_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w/ -]+)*")
+_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w/-]([\w/ -]*[\w/-])?)*")
 
 
 def shown(path: Path) -> str:
@@ -81,7 +81,8 @@ def read_arguments(arguments: Sequence[str], problems: list[Problem], *, section
                 )
             )
             continue
-        node = _read(text, "", origin, problems, key)
+        # an argument holds no anchors, tags or directives: what would begin one is a glob or a word
+        node = Node(text, origin) if text[0] in "*&!%@`" else _read(text, "", origin, problems, key)
         if key in sections and isinstance(node.value, str):
             node = Node({"preset": node}, origin)
         for name in reversed(key.split(".")):
@@ -93,6 +94,11 @@ def read_arguments(arguments: Sequence[str], problems: list[Problem], *, section
 def dump(values: Any) -> str:
     """YAML that `read_file` reads back to the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+
+
+def dump_leaf(value: Any) -> str:
+    """One value as it would stand in a list on one line."""
+    return str(yaml.dump([value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=1e9)).strip()[1:-1]
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]

@@ -83,7 +83,8 @@ class _Builder:
         for f in fields(cls):
             given = node.value.get(f.name)
             if (given is None and f.default == MISSING) or (given is not None and given.value == MISSING):
-                self.missing(cls, f.name, hints[f.name], given or node, prefix + f.name)
+                place = node if given is None or given.origin is DEFAULT else given
+                self.missing(cls, f.name, hints[f.name], place, prefix + f.name)
             elif given is not None and (value := self.convert(hints[f.name], given, prefix + f.name)) is not BAD:
                 values[f.name] = value
         return cls(**values)

@@ -15,7 +15,7 @@ MISSING = "???"
 class Source:
     """One source of records.
 
-    path: file, folder, glob or hub dataset id; files are json, jsonl, parquet, csv or txt
+    path: file, folder, glob or hub dataset id; files are json, jsonl, parquet, csv, tsv or txt
     format: how a record is read; auto recognises it from its columns and says what it saw
     split: split of a hub dataset
     subset: configuration name of a hub dataset

@@ -15,7 +15,7 @@ class Model:
 
     name: hub id, or folder with config.json and safetensors; exclusive with `config`
     config: architecture as in a config.json (`model_type`, `hidden_size`, ...), weights random from `train.seed`
-    tokenizer: hub id or folder of the tokenizer; null: that of `name`
+    tokenizer: hub id or folder of the tokenizer, or a tokenizer.json file; null: that of `name`
     revision: branch, tag or commit of a hub model
     trust_remote_code: run Python code that comes with the model
     dtype: type in which weights are kept and updated; fp32 is the master copy of mixed precision

@@ -1,0 +1,105 @@
+"""Every recipe and preset that comes with the launcher is good, says what it needs, and is planned and rendered."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.plan import make_plan
+from launcher.recipe.check import load
+from launcher.recipe.compose import SECTIONS, compose
+from launcher.shipped import folder
+from tests.recipe.make import GOOD, write
+
+RECIPES = sorted(folder("recipes").glob("*.yaml"))
+PRESETS = sorted(folder("recipes").glob("*/*.yaml"))
+COMMAND = re.compile(r"^# .*?: +launcher (\w+) (recipes/\S+)(.*)$", re.MULTILINE)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(folder("recipes")))
+
+
+def test_there_are_recipes_and_presets_of_five_sections():
+    assert len(RECIPES) >= 6
+    assert {path.parent.name for path in PRESETS} == {"model", "data", "strategy", "cluster", "train"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_a_shipped_recipe_is_checked_and_planned(path: Path):
+    composed = load(path)
+    plan = make_plan(composed.recipe)
+    assert plan.world_size == composed.recipe.cluster.nodes * composed.recipe.cluster.nproc_per_node
+    assert plan.global_batch_size == plan.world_size * plan.micro_batch_size * plan.accumulation_steps
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_a_shipped_recipe_is_rendered(path: Path, tmp_path: Path):
+    from launcher.cli import main
+
+    with pytest.raises(SystemExit) as exit:
+        main(["render", str(path)])
+    assert exit.value.code == 0
+    assert not list(tmp_path.iterdir())  # it submits and writes nothing
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_every_command_in_a_header_names_the_recipe_and_passes_check(path: Path, here: Path):
+    (here / "chat.jsonl").write_text("{}\n")
+    commands = COMMAND.findall(path.read_text())
+    assert len(commands) >= 2
+    for verb, recipe, rest in commands:
+        import_module(f"launcher.cli.{verb}")
+        assert recipe == f"recipes/{path.name}"
+        load(path, [word for word in shlex.split(rest) if not word.startswith("-")])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_a_header_says_what_it_is_what_it_needs_and_what_was_measured(path: Path):
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    for word in ("Needs:", "# Look:", "# Smoke:", "Measured:"):
+        assert word in header
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_a_shipped_recipe_writes_only_what_differs_from_the_defaults(path: Path):
+    composed = compose(path)
+    default = compose(write(Path.cwd(), GOOD))
+    written = {key for key, origin in composed.origins.items() if origin.file_or_argument.endswith(path.name)}
+    for key in written & set(default.origins):
+        if str(default.origins[key]) == "default" and "." in key:
+            section, _, rest = key.partition(".")
+            assert _at(composed, section, rest) != _at(default, section, rest), f"{key} is the default"
+
+
+def _at(composed: object, section: str, rest: str) -> object:
+    found = getattr(composed.recipe, section)  # type: ignore[attr-defined]
+    for part in rest.split("."):
+        found = found[int(part)] if isinstance(found, list) else getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=name)
+def test_a_shipped_preset_composes_alone_and_says_what_it_is(path: Path, here: Path):
+    assert path.read_text().startswith("# ")
+    section = path.parent.name
+    assert section in SECTIONS
+    composed = compose(write(here), [f"{section}={path.stem}"])
+    keys = yaml.safe_load(path.read_text())
+    for key in keys:
+        origins = [origin for name, origin in composed.origins.items() if name.startswith(f"{section}.{key}")]
+        assert any(origin.file_or_argument.endswith(f"{section}/{path.name}") for origin in origins)
+
+
+def test_shipped_folders_are_found_inside_a_wheel_before_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "launcher" / "shipped" / "recipes").mkdir(parents=True)
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path / package)
+    assert folder("recipes") == tmp_path / "launcher" / "shipped" / "recipes"
+    with pytest.raises(FileNotFoundError, match="configs"):
+        folder("configs")
