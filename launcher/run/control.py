@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,7 @@ FailureClass = Literal[
     "user", "data", "out_of_memory", "non_finite", "hang", "communication", "node", "preemption", "unknown"
 ]
 Verdict = Literal["requeue", "stop"]
+CONSEQUENCES = ("communication", "preemption", "unknown", None)  # what ranks say when another one has gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class Outcome:
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind {self.kind!r}: expected one of {', '.join(get_args(Kind))}")
         if self.failure_class is not None and self.failure_class not in get_args(FailureClass):
-            raise ValueError(f"failure_class {self.failure_class!r}: expected one of {', '.join(get_args(FailureClass))}")
+            allowed = ", ".join(get_args(FailureClass))
+            raise ValueError(f"failure_class {self.failure_class!r}: expected one of {allowed}")
 
 
 def request_stop(run: RunDirectory, reason: str) -> None:
@@ -85,6 +88,12 @@ def read_outcomes(run: RunDirectory, attempt: int) -> dict[int, Outcome]:
     return dict(sorted(found.items()))
 
 
+def first_failure(outcomes: Mapping[int, Outcome]) -> tuple[int, Outcome] | None:
+    """The rank that failed and its outcome; one that only lost the others comes after one that names a cause."""
+    failed = [(rank, outcome) for rank, outcome in outcomes.items() if outcome.kind == "failed"]
+    return min(failed, key=lambda item: (item[1].failure_class in CONSEQUENCES, item[0]), default=None)
+
+
 def write_verdict(run: RunDirectory, verdict: Verdict, *, attempt: int | None = None) -> None:
     """One word for a scheduler's script, written when an attempt ends: start the run again or not.
 
@@ -103,6 +112,11 @@ def write_verdict(run: RunDirectory, verdict: Verdict, *, attempt: int | None = 
         write_atomic(run.control / "verdict", verdict + "\n")
 
 
+def clear_verdict(run: RunDirectory) -> None:
+    """Take the last attempt's verdict away, so that its absence can tell of a dead node; nothing if there is none."""
+    (run.control / "verdict").unlink(missing_ok=True)
+
+
 def read_verdict(run: RunDirectory) -> str | None:
     """`requeue` or `stop`; None while an attempt runs, or when its node died."""
     try:
@@ -112,7 +126,7 @@ def read_verdict(run: RunDirectory) -> str | None:
 
 
 def _outcome(values: dict[str, Any]) -> Outcome:
-    """An outcome from its file; a later version's class of failure reads as `unknown`, its further fields are passed over."""
+    """An outcome from its file; a later version's class of failure reads as `unknown`, its further fields go."""
     known = {f.name: values[f.name] for f in fields(Outcome) if f.name in values}
     if known.get("failure_class") not in (None, *get_args(FailureClass)):
         known["failure_class"] = "unknown"

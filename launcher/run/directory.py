@@ -1,4 +1,4 @@
-"""Where everything about one training lies, and how the directory is made. Its layout is a contract, see docs/run-directory.md."""
+"""Where everything about one training lies, and how the directory is made: a contract, see docs/run-directory.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.run.provenance import provenance
 
 RUN_DIRECTORY_VERSION = 1
 MARKER = "COMMITTED"  # a checkpoint folder holds it once all else in there is durable
-_RECIPE_HEADER = "# The resolved recipe of this run: YAML that is also JSON below its comment lines. Change it by `launcher resume`.\n"
+_RECIPE_HEADER = "# The resolved recipe of this run; JSON below the comments. Changed by `launcher resume RUN KEY=VALUE`.\n"
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file of lines; what is not one (a line cut short by a crash) is skipped, as is a missing file."""
+    """The JSON objects of a file of lines; none if it is missing. A line cut short by a crash is skipped."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -78,7 +78,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_lines(data: bytes) -> Iterator[dict[str, Any]]:
-    """The JSON objects among the lines of `data`. A part of an object is never an object, so a cut line cannot count."""
+    """The JSON objects among the lines of `data`. A part of an object is no object, so a cut line cannot count."""
     for line in data.split(b"\n"):
         try:
             values = json.loads(line)

@@ -1,11 +1,12 @@
 """Who may drive a run: one live owner, proven by a file lock and, where locks do not reach, by a heartbeat that moves.
 
 No clocks are compared. The lock dies with its process. The record in the same file says who holds it; it is written in
-place, because a lock belongs to the file and not to its name. What a lost owner still writes is fenced off by the ledger.
+place, because a lock belongs to the file and not to its name. What a lost owner still writes, the ledger fences off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -91,8 +92,12 @@ class Lease:
         """Show that the owner lives; called by a thread of its own."""
         self._sign(replace(self._owner, heartbeat=self._owner.heartbeat + 1))
 
+    def release(self) -> None:
+        """Say that the owner left in good order; closing the file is what gives the lock back."""
+        self._sign(replace(self._owner, released=True))
+
     def _sign(self, owner: Owner) -> None:
-        with self._write:
+        with self._write, contextlib.suppress(OSError):  # a disk that fails shows as a heartbeat that stands still
             signed = _read(self._handle)
             if signed is not None and signed.token != self._owner.token:
                 self._lost = True
@@ -128,12 +133,14 @@ def hold_lease(run: RunDirectory, *, heartbeat_s: float = HEARTBEAT_S, watch_s: 
         try:
             yield lease
         finally:
-            ended.set()
-            thread.join()
-            lease._sign(replace(lease.owner, released=True))
+            if os.getpid() == owner.pid:  # not in a forked child that leaves by this way
+                ended.set()
+                thread.join()
+                lease.release()
     finally:
-        _held.discard(handle)
-        os.close(handle)
+        if handle in _held:
+            _held.discard(handle)
+            os.close(handle)
 
 
 def current_owner(run: RunDirectory) -> tuple[Owner | None, bool | None]:
@@ -167,14 +174,14 @@ def _lock(run: RunDirectory, path: Path) -> int:
         except BlockingIOError:
             owner = _read(handle)
             os.close(handle)
-            settled = owner is not None and not owner.released and (not _same_kernel(owner) or _process_lives(owner))
-            if settled or time.monotonic() >= deadline:
+            if _lives_here(owner) or time.monotonic() >= deadline:
                 raise _held_by(run, owner) from None
             time.sleep(_PAUSE_S)
             continue
-        except BaseException:
+        except OSError as error:
             os.close(handle)
-            raise
+            fix = "Mount it with locks, or put run.dir on another file system."
+            raise UserError(f"{run.path}: its file system has no file locks ({error.strerror}). {fix}") from None
         if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
             return handle
         os.close(handle)  # the directory was removed and made anew meanwhile
@@ -183,9 +190,9 @@ def _lock(run: RunDirectory, path: Path) -> int:
 
 def _refuse_if_alive(run: RunDirectory, handle: int, before: Owner, watch_s: float) -> None:
     """The lock was free, but its last holder did not give it back: dead, unless the lock does not reach its host."""
+    if _lives_here(before):
+        raise _held_by(run, before)
     if _same_kernel(before):
-        if _process_lives(before):
-            raise _held_by(run, before)
         return
     deadline = time.monotonic() + watch_s
     while time.monotonic() < deadline:
@@ -197,15 +204,16 @@ def _refuse_if_alive(run: RunDirectory, handle: int, before: Owner, watch_s: flo
 
 def _held_by(run: RunDirectory, owner: Owner | None) -> LeaseHeld:
     attempt = latest_attempt(run)
-    if owner is None or owner.released or (_same_kernel(owner) and not _process_lives(owner)):
+    if owner is None or owner.released or (_same_kernel(owner) and not _lives_here(owner)):
         who = "a process that has not signed for it"
         fix = f"See `fuser {run.control / 'lease'}`; end that process and start again."
         return LeaseHeld(f"{run.path} is locked by {who}. {fix}", owner)
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner.since))
     return LeaseHeld(
-        f"{run.path} is being trained already: {owner}, attempt {attempt or 'not begun yet'}, since {since} (its clock). "
-        f"Watch it by `launcher status {run.path}`; to stop it with a checkpoint, `touch {run.control / 'stop-request'}`; "
-        "to train beside it, give run.name another value.",
+        f"{run.path} is being trained already: {owner}, attempt {attempt or 'not begun yet'}, since {since} there.\n"
+        f"  watch it:                   launcher status {run.path}\n"
+        f"  stop it with a checkpoint:  touch {run.control / 'stop-request'}\n"
+        "  train beside it:            give run.name another value",
         owner,
     )
 
@@ -238,6 +246,11 @@ def _this_process() -> Owner:
 
 def _same_kernel(owner: Owner) -> bool:
     return owner.boot_id == _boot_id() and (bool(owner.boot_id) or owner.host == socket.gethostname())
+
+
+def _lives_here(owner: Owner | None) -> bool:
+    """Whether the one who signed is a live process of this kernel and has not given the lease back."""
+    return owner is not None and not owner.released and _same_kernel(owner) and _process_lives(owner)
 
 
 def _process_lives(owner: Owner) -> bool:

@@ -92,7 +92,8 @@ def end_attempt(run: RunDirectory, attempt: int, *, step: int | None, outcome_cl
         outcome_class: the class of its failure, `preemption` included; None or `finished` when it reached its last step
     """
     with ledger_lock(run):
-        line = {"kind": "end", "attempt": attempt, "step": step, "class": outcome_class or "finished", "time": time.time()}
+        outcome_class = outcome_class or "finished"
+        line = {"kind": "end", "attempt": attempt, "step": step, "class": outcome_class, "time": time.time()}
         append_line(run.ledger_file, line)
 
 
@@ -145,8 +146,9 @@ def fenced(run: RunDirectory, attempt: int) -> Iterator[None]:
 def ledger_lock(run: RunDirectory, *, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
     """One at a time at the ledger and the state.
 
-    A process that was stopped while it held the lock must not hold up the run for ever, so after `wait_s` the lock file is
-    replaced. That is safe: the lock only makes a stale writer notice early; what counts is decided by attempt numbers.
+    A process that was stopped while it held the lock must not hold up the run for ever, so after `wait_s` the lock
+    file is replaced. That is safe: the lock only makes a stale writer notice early; attempt numbers decide what
+    counts.
     """
     run.control.mkdir(parents=True, exist_ok=True)
     path = run.control / "ledger.lock"
@@ -188,7 +190,7 @@ def _folders(run: RunDirectory) -> list[tuple[int, int, Path]]:
 
 
 def _attempt(start: dict[str, Any], end: dict[str, Any] | None) -> Attempt:
-    end_fields = {"end_step": end.get("step"), "end_class": end.get("class"), "end_time": end.get("time")} if end else {}
+    end_fields = {f"end_{key}": end.get(key) for key in ("step", "class", "time")} if end else {}
     return Attempt(
         number=start["attempt"], target=start.get("target", ""), job_id=start.get("job_id"), nodes=start.get("nodes"),
         reason=start.get("reason", ""), accepts=tuple(start.get("accepts", ())), time=start.get("time"),

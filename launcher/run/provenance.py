@@ -1,4 +1,4 @@
-"""Where a run comes from: its id, and the versions of launcher, Python and the user's own repository when it was made."""
+"""Where a run comes from: its id, the versions of launcher and Python, the commit of the user's own repository."""
 
 from __future__ import annotations
 

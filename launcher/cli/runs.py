@@ -1,0 +1,47 @@
+"""`launcher runs`: one line a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launcher.cli._common import RUNS_DIR, clock, columns, progress
+from launcher.errors import UserError
+
+
+@click.command("runs")
+@click.argument("folder", metavar="[DIR]", default=RUNS_DIR)
+@click.option("--json", "as_json", is_flag=True, help="Print the shape of docs/json.md.")
+def command(folder: str, as_json: bool) -> None:
+    """List the runs in DIR with their states, the last changed first; changes nothing.   (default DIR: runs)
+
+    example: launcher runs --json
+    """
+    from launcher.run.summary import SUMMARY_VERSION, list_runs
+
+    path = Path(folder)
+    if not path.is_dir() and folder != RUNS_DIR:
+        raise UserError(f"{folder}: no such folder. Give the folder that holds the runs (run.dir of the recipe).")
+    found = list_runs(path)
+    if as_json:
+        click.echo(json.dumps({"version": SUMMARY_VERSION, "dir": str(path.resolve()), "runs": found}, indent=2))
+    elif not found:
+        click.echo(f"no runs in {path}/")
+    else:
+        heading = ("run", "state", "step", "loss", "attempt", "changed")
+        click.echo(columns([heading, *(_row(summary) for summary in found)]))
+
+
+def _row(summary: dict[str, Any]) -> tuple[str, ...]:
+    loss = summary["loss"]
+    return (
+        summary["run"],
+        summary["status"],
+        progress(summary["step"], summary["total_steps"]),
+        "-" if loss is None else f"{loss:.4f}",
+        str(summary["attempt"]),
+        clock(summary["updated"]),
+    )

@@ -1,0 +1,129 @@
+"""How a run stands, in one dict of a stable shape (docs/json.md): what `status` and `runs` show."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from launcher.run.control import first_failure, read_outcomes, read_verdict, stop_reason
+from launcher.run.directory import RunDirectory
+from launcher.run.files import parse_lines, read_json
+from launcher.run.lease import current_owner
+from launcher.run.ledger import Attempt, CheckpointRef, attempts, valid_checkpoints
+from launcher.run.state import State, read_state
+
+SUMMARY_VERSION = 1
+_TAIL_BYTES = 1 << 16  # some hundred lines of metrics
+
+
+def list_runs(folder: Path) -> list[dict[str, Any]]:
+    """Summaries of the runs in a folder, the last changed first."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    found = [summarise(run) for name in names if (run := RunDirectory(folder / name)).exists()]
+    return sorted(found, key=lambda summary: -(summary["updated"] or 0.0))
+
+
+def summarise(run: RunDirectory) -> dict[str, Any]:
+    """Everything about where a run stands; reads the ends of files only, and waits for nothing."""
+    known, state, checkpoints = attempts(run), read_state(run), valid_checkpoints(run)
+    owner, alive = current_owner(run)
+    metrics = _last_metrics(run.metrics_file)
+    record = read_json(run.run_file) or {}
+    last = checkpoints[-1] if checkpoints else None
+    return {
+        "version": SUMMARY_VERSION,
+        "run": run.name,
+        "path": str(run.path.resolve()),
+        "run_id": record.get("run_id"),
+        "status": _status(state, alive),
+        "step": _step(state, metrics, last),
+        "total_steps": _total_steps(run, state),
+        "attempt": state.attempt,
+        "attempts": [_attempt(attempt) for attempt in known],
+        "last_checkpoint": _checkpoint(last),
+        "failure": _failure(run, state),
+        "loss": _finite(metrics.get("loss")),
+        "updated": state.time if state.time is not None else record.get("created"),
+        "owner": {"host": owner.host, "pid": owner.pid, "alive": alive} if owner and not owner.released else None,
+        "stop_requested": stop_reason(run),
+        "verdict": read_verdict(run),
+    }
+
+
+def _status(state: State, alive: bool | None) -> str:
+    """The state's word, unless it speaks of a life that is over, or that cannot be seen from this host."""
+    if state.status == "queued" and alive:
+        return "starting"
+    if state.status in ("running", "starting"):
+        return {True: state.status, False: "interrupted", None: "unknown"}[alive]
+    return state.status
+
+
+def _step(state: State, metrics: dict[str, Any], last: CheckpointRef | None) -> int | None:
+    """Finished steps as far as this attempt has told, else where it began or would begin."""
+    logged = metrics.get("step") if metrics.get("attempt") == state.attempt else None
+    told = [step for step in (state.step, logged) if isinstance(step, int)]
+    if told and state.status == "running":
+        return max(told)
+    if state.step is not None:
+        return state.step
+    return last.step if last else None
+
+
+def _total_steps(run: RunDirectory, state: State) -> int | None:
+    for values in (state.more, read_json(run.data_file) or {}, read_json(run.plan_file) or {}):
+        if isinstance(total := values.get("total_steps"), int):
+            return total
+    return None
+
+
+def _attempt(attempt: Attempt) -> dict[str, Any]:
+    end = {"step": attempt.end_step, "class": attempt.end_class, "time": attempt.end_time} if attempt.ended else None
+    return {
+        "number": attempt.number, "target": attempt.target, "job_id": attempt.job_id, "nodes": attempt.nodes,
+        "reason": attempt.reason, "accepts": list(attempt.accepts), "time": attempt.time, "host": attempt.host,
+        "pid": attempt.pid, "launcher_version": attempt.launcher_version, "end": end,
+    }  # fmt: skip
+
+
+def _checkpoint(last: CheckpointRef | None) -> dict[str, Any] | None:
+    return {"step": last.step, "attempt": last.attempt, "path": str(last.path.resolve())} if last else None
+
+
+def _failure(run: RunDirectory, state: State) -> dict[str, Any] | None:
+    """The rank that failed first in the latest attempt; what the launcher said where no rank could."""
+    if state.status not in ("failed", "running", "starting"):
+        return None
+    if found := first_failure(read_outcomes(run, state.attempt)):
+        rank, outcome = found
+        return {
+            "rank": rank, "node": outcome.node or None, "class": outcome.failure_class or "unknown",
+            "message": outcome.message, "traceback": outcome.traceback or None,
+        }  # fmt: skip
+    if state.status != "failed":
+        return None
+    ended = next((attempt.end_class for attempt in attempts(run) if attempt.number == state.attempt), None)
+    said = {key: state.more.get(key) for key in ("rank", "node", "message", "traceback")}
+    return {
+        "rank": said["rank"], "node": said["node"], "class": state.more.get("class") or ended or "unknown",
+        "message": said["message"] or "", "traceback": said["traceback"],
+    }  # fmt: skip
+
+
+def _last_metrics(path: Path) -> dict[str, Any]:
+    """The last logged step of the newest attempt in sight; a stale attempt's late line does not count."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            tail = file.read()
+    except FileNotFoundError:
+        return {}
+    steps = [line for line in parse_lines(tail) if "loss" in line]
+    return max(enumerate(steps), key=lambda item: (item[1].get("attempt") or 0, item[0]), default=(0, {}))[1]
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
