@@ -11,11 +11,10 @@ from pathlib import Path
 from launcher.errors import EXIT_USER_ERROR, UserError
 from launcher.jobs.console import Console
 from launcher.jobs.environment import require_train_extra
-from launcher.jobs.opening import create, go_on, run_directory
+from launcher.jobs.opening import open_run, owned, run_directory
 from launcher.jobs.preparation import is_prepared, prepare_run
 from launcher.plan import make_plan
 from launcher.recipe.check import load
-from launcher.run.lease import hold_lease
 
 
 def main(recipe_file: Path) -> None:
@@ -24,12 +23,8 @@ def main(recipe_file: Path) -> None:
     console = Console()
     recipe = load(recipe_file).recipe
     plan, run = make_plan(recipe), run_directory(recipe)
-    created = not run.exists()
-    if created:
-        create(run, recipe, plan)
-    with hold_lease(run):
-        if not created:
-            go_on(run, recipe, plan, force=False, say=console.say)
+    with owned(run):
+        open_run(run, recipe, plan, force=False, say=console.say)
         if not is_prepared(run, recipe):
             prepare_run(str(run.path), console.working)
     console.close()

@@ -51,6 +51,11 @@ class Console:
         self._tenth: dict[str, int] = {}  # last tenth shown, of each work
         self._total_steps: int | None = None
 
+    @property
+    def streams_log(self) -> bool:
+        """Whether what rank 0 prints is shown as it comes."""
+        return not self._terminal()
+
     def say(self, text: str) -> None:
         """One message to the person who waits."""
         if self._bar is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
-from launcher.run.control import FailureClass, Outcome, Verdict
+from launcher.run.control import Outcome, Verdict
 
 Status = Literal["finished", "preempted", "failed"]
 
@@ -27,7 +27,7 @@ class Ending:
     """
 
     status: Status
-    failure_class: FailureClass | None = None
+    failure_class: str | None = None
     step: int | None = None
     rank: int | None = None
     node: str = ""

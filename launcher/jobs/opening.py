@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from launcher.errors import UserError
@@ -12,6 +13,7 @@ from launcher.plan import Plan
 from launcher.recipe.check import load
 from launcher.recipe.schema import Recipe, to_dict
 from launcher.run.directory import RunDirectory
+from launcher.run.lease import hold_lease
 from launcher.run.ledger import latest_attempt, valid_checkpoints
 
 Say = Callable[[str], None]
@@ -23,25 +25,35 @@ def run_directory(recipe: Recipe) -> RunDirectory:
     return RunDirectory(Path(recipe.run.dir, recipe.run.name))
 
 
-def create(run: RunDirectory, recipe: Recipe, plan: Plan) -> None:
-    """Make the run directory.
+@contextmanager
+def owned(run: RunDirectory) -> Iterator[None]:
+    """Hold the lease of a run that may not exist yet.
 
     Raises:
-        UserError: it cannot be written.
+        LeaseHeld: somebody else does; UserError: its directory cannot be written.
     """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold_lease(run))
+        except OSError as error:
+            raise UserError(f"run.dir = {run.path.parent}: {run.path} cannot be written ({error.strerror}).") from None
+        yield
+
+
+def open_run(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say: Say) -> list[Change]:
+    """Make the run, or go on with it; what changed in its recipe. The caller holds the lease.
+
+    Raises:
+        UserError: the recipe is that of another run, and `force` is false; nothing has been written.
+    """
+    if run.exists():
+        return _go_on(run, recipe, plan, force=force, say=say)
     values = to_dict(recipe)
-    try:
-        run.create(values, plan.to_dict(), identity(values))
-    except OSError as error:
-        raise UserError(f"run.dir = {recipe.run.dir}: {run.path} cannot be written ({error.strerror}).") from None
+    run.create(values, plan.to_dict(), identity(values))
+    return []
 
 
-def go_on(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say: Say) -> list[Change]:
-    """Take over what changed in the recipe since the run was last started; the caller holds the lease.
-
-    Raises:
-        UserError: a change would make it another run, and `force` is false; nothing has been written.
-    """
+def _go_on(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say: Say) -> list[Change]:
     found = changes(run.read_recipe(), to_dict(recipe))
     breaking = [change for change in found if change.breaks_identity]
     if breaking and not force:

@@ -24,8 +24,10 @@ class StopAsked(Exception):
 
 def is_prepared(run: RunDirectory, recipe: Recipe) -> bool:
     """Whether data.json is there, agrees with the recipe's length and batch, and the stores it names exist."""
+    if not run.data_file.exists():
+        return False
     data = run.read_json("data.json")
-    if data is None or data["global_batch_size"] != recipe.train.global_batch_size:
+    if data["global_batch_size"] != recipe.train.global_batch_size:
         return False
     if recipe.train.max_steps is None:
         length = max(1, round(data["train"]["rows"] * (recipe.train.epochs or 1)))

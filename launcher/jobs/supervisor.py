@@ -19,16 +19,15 @@ from launcher.jobs.console import Console
 from launcher.jobs.devices import accelerator, threads_per_rank
 from launcher.jobs.ending import Ending, judge
 from launcher.jobs.environment import evaluate_setup, require_train_extra, require_variables
-from launcher.jobs.opening import create, discard_if_fresh, go_on, run_directory
+from launcher.jobs.opening import discard_if_fresh, open_run, owned, run_directory
 from launcher.jobs.preparation import PreparationError, StopAsked, is_prepared, prepare_in_child
 from launcher.jobs.signals import Signals
 from launcher.jobs.spec import job_spec, stop_after_s
 from launcher.jobs.targets import render
 from launcher.plan import Plan, make_plan
 from launcher.recipe.schema import Recipe
-from launcher.run.control import clear_stop, clear_verdict, read_outcomes, request_stop, write_verdict
+from launcher.run.control import clear_stop, read_outcomes, request_stop, write_verdict
 from launcher.run.directory import RunDirectory
-from launcher.run.lease import hold_lease
 from launcher.run.ledger import end_attempt, start_attempt
 from launcher.run.state import StaleAttempt, read_state, write_state
 
@@ -70,21 +69,16 @@ def launch(recipe: Recipe, *, force: bool, console: Console, reason: str = "run"
     plan = make_plan(recipe)
     machine = ready_machine(recipe, console.say)
     run = run_directory(recipe)
-    with Signals() as signals:
-        created = not run.exists()
-        if created:
-            create(run, recipe, plan)
-        with hold_lease(run):
-            if not created:
-                found = go_on(run, recipe, plan, force=force, say=console.say)
-                if read_state(run).status == "finished" and not any(change.lengthens for change in found):
-                    console.say(f"{run.path} is finished; train.max_steps or train.epochs would lengthen it.")
-                    return EXIT_FINISHED
-            attempt = begin(run, recipe, plan, reason=reason)
-            ending = supervise(run, recipe, plan, attempt, Node(), machine, console, signals, started=started)
-            conclude(run, attempt, ending)
-            if ending.failure_class == "user":
-                discard_if_fresh(run, attempt)
+    with Signals() as signals, owned(run):
+        found = open_run(run, recipe, plan, force=force, say=console.say)
+        if read_state(run).status == "finished" and not any(change.lengthens for change in found):
+            console.say(f"{run.path} is finished; a larger train.max_steps or train.epochs would lengthen it.")
+            return EXIT_FINISHED
+        attempt = begin(run, recipe, plan, reason=reason)
+        ending = supervise(run, recipe, plan, attempt, Node(), machine, console, signals, started=started)
+        conclude(run, attempt, ending)
+        if ending.failure_class == "user":
+            discard_if_fresh(run, attempt)
     tell(run, attempt, ending, console)
     return ending.exit_code
 
@@ -110,7 +104,6 @@ def ready_machine(recipe: Recipe, say: Callable[[str], None]) -> Machine:
 def begin(run: RunDirectory, recipe: Recipe, plan: Plan, *, reason: str, target: str = "local") -> int:
     """Start an attempt in the ledger and keep the job as text beside it; the caller holds the lease."""
     clear_stop(run)
-    clear_verdict(run)
     attempt = start_attempt(run, target=target, job_id=str(os.getpid()), nodes=[socket.gethostname()], reason=reason)
     job = run.job(attempt)
     job.mkdir(parents=True, exist_ok=True)
@@ -136,7 +129,7 @@ def supervise(
     threading.Thread(target=_import_agent, name="import", daemon=True).start()
     if (failed := prepared(run, recipe, console, signals) if node.rank == 0 else None) is not None:
         return failed
-    console.watch(logs=run.logs(attempt), metrics=run.metrics_file, total_steps=_total_steps(run))
+    console.watch(logs=run.logs(attempt, machine.name).parent, metrics=run.metrics_file, total_steps=_total_steps(run))
     agent = Agent(
         run=run.path,
         attempt=attempt,
@@ -144,7 +137,7 @@ def supervise(
         ranks=plan.nproc_per_node,
         node=node,
         environment=machine.environment(),
-        log=run.logs(attempt) / machine.name / f"agent-{node.rank}.log",
+        log=run.logs(attempt, machine.name) / f"agent-{node.rank}.log",
     )
     limit = recipe.cluster.time_limit_min
     deadline = None if limit is None else started + stop_after_s(limit)
@@ -192,9 +185,9 @@ def conclude(run: RunDirectory, attempt: int, ending: Ending) -> None:
     try:
         if ending.status == "failed" or read_state(run).status == "running":
             write_state(run, ending.status, attempt=attempt, step=ending.step, message=ending.message)
+        write_verdict(run, ending.verdict, attempt=attempt)
     except StaleAttempt:
         return  # cut off, and started again elsewhere: the run is not ours to speak for
-    write_verdict(run, ending.verdict)
     clear_stop(run)
 
 
@@ -208,11 +201,11 @@ def tell(run: RunDirectory, attempt: int, ending: Ending, console: Console) -> N
     elif ending.status == "preempted":
         console.say(f"stopped{step}. Go on with: launcher resume {run.path}")
     else:
-        if ending.traceback:
+        if ending.traceback and not (ending.rank == 0 and console.streams_log):
             console.say(ending.traceback.rstrip())
         who = "" if ending.rank is None else f" by rank {ending.rank}" + (f" on {ending.node}" if ending.node else "")
         console.say(f"failed{step}{who} ({ending.failure_class}): {ending.message}")
-        console.say(f"logs: {run.logs(attempt)}")
+        console.say(f"logs: launcher logs {run.path}, files in {run.path / 'logs' / f'attempt-{attempt}'}")
 
 
 def _import_agent() -> None:
@@ -251,5 +244,4 @@ def _end_ranks(agent: Agent, *, grace_s: float) -> None:
 
 
 def _total_steps(run: RunDirectory) -> int | None:
-    data = run.read_json("data.json")
-    return None if data is None else int(data["total_steps"])
+    return int(run.read_json("data.json")["total_steps"]) if run.data_file.exists() else None

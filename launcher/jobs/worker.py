@@ -16,11 +16,10 @@ from launcher.errors import EXIT_FINISHED, UserError
 from launcher.jobs.agent import Node
 from launcher.jobs.console import Console
 from launcher.jobs.ending import Ending
-from launcher.jobs.opening import existing_run, stored_recipe
+from launcher.jobs.opening import existing_run, owned, stored_recipe
 from launcher.jobs.signals import Signals
 from launcher.jobs.supervisor import begin, conclude, prepared, ready_machine, supervise, tell
 from launcher.plan import make_plan
-from launcher.run.lease import hold_lease
 from launcher.run.state import read_state
 
 JOIN_TIMEOUT_S = 3600  # for node 0 to prepare the data, and for every node to come
@@ -47,7 +46,7 @@ def work(path: Path, *, nodes: int | None, node_rank: int, rendezvous: str | Non
             if ending is None:
                 ending = supervise(run, recipe, plan, attempt, node, machine, console, signals, started=started)
         else:
-            with hold_lease(run):
+            with owned(run):
                 if read_state(run).status == "finished":
                     console.say(f"{run.path} is finished.")
                     return EXIT_FINISHED

@@ -19,11 +19,11 @@ MODEL = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "vocab_size": 400, "tie_word_embeddings": True,
 }  # fmt: skip
-_WORDS = "the a small model learns to answer questions about foxes dogs stories numbers and itself again".split()
+_WORDS = ["the", "a", "small", "model", "learns", "to", "answer", "questions", "about", "foxes", "dogs", "stories"]
 
 
 def project(folder: Path, **changes: Any) -> Path:
-    """A folder with data, tokenizer and recipe.yaml; `changes` are by section, as `train={"max_steps": 5}`. The recipe."""
+    """A folder with data, tokenizer and recipe; `changes` are by section, as `train={"max_steps": 5}`. The recipe."""
     folder.mkdir(parents=True, exist_ok=True)
     tiny_tokenizer(folder / "tokenizer")
     say = random.Random(0)
@@ -37,7 +37,8 @@ def project(folder: Path, **changes: Any) -> Path:
         "run": {"name": "tiny", "dir": str(folder / "runs")},
         "model": {"config": MODEL, "tokenizer": str(folder / "tokenizer")},
         "data": {
-            "train": [{"path": str(folder / "data.jsonl")}], "seq_len": 128, "cache_dir": str(folder / "cache"), "num_workers": 1,
+            "train": [{"path": str(folder / "data.jsonl")}], "seq_len": 128, "num_workers": 1,
+            "cache_dir": str(folder / "cache"),
         },
         "train": {"global_batch_size": 4, "max_steps": 6, "precision": "fp32"},
         "optimizer": {"lr": 1.0e-2, "warmup_steps": 2},
