@@ -134,11 +134,15 @@ def take_snapshot(pieces: Iterable[Piece], metadata: dict[str, str], buffer: Hos
         }  # fmt: skip
         elements[row.kind] += row.tensor.numel()
         at = end
+    ranges = _live_bytes(rows) if buffer is None else [_copy(rows, buffer.take(at))]
+    return Snapshot(head_bytes(header), ranges, dict(elements))
+
+
+def head_bytes(header: dict[str, Any]) -> bytes:
+    """A safetensors header with its length, padded so that the buffer after it is aligned."""
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    head = struct.pack("<Q", len(text)) + text
-    ranges = _live_bytes(rows) if buffer is None else [_copy(rows, buffer.take(at))]
-    return Snapshot(head, ranges, dict(elements))
+    return struct.pack("<Q", len(text)) + text
 
 
 def _live_bytes(rows: list[Piece]) -> Iterator[Tensor]:

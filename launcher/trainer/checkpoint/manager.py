@@ -5,13 +5,13 @@ Collectives run only in the calling thread (`save`, `load_latest`); the backgrou
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.run import ledger
-from launcher.run.directory import RunDirectory
-from launcher.run.ledger import MARKER
+from launcher.run.directory import MARKER, RunDirectory
 from launcher.trainer.checkpoint import retention
 from launcher.trainer.checkpoint.format import CheckpointError, HostBuffer, Piece, take_snapshot
 from launcher.trainer.checkpoint.reader import (
@@ -114,7 +113,15 @@ class CheckpointManager:
         engine.ensure_state()
         manifest = self._manifest(step, engine, trainer_state)
         snapshot = take_snapshot(engine.pieces(), header_metadata(manifest, self.rank), self._buffer)
-        save = Save(folder, self.rank, self.world_size, snapshot, manifest, self.patience_s, self._fence)
+        save = Save(
+            folder,
+            self.rank,
+            self.world_size,
+            snapshot,
+            manifest,
+            self.patience_s,
+            partial(ledger.fenced, self.run, self.attempt),
+        )
         self._in_flight = step
         self._thread = threading.Thread(target=self._work, args=(save, began, time.monotonic()), daemon=True)
         self._thread.start()
@@ -171,25 +178,15 @@ class CheckpointManager:
     def _prepare(self, folder: Path) -> tuple[bool, str | None]:
         """(this step is committed already, why there can be no save)."""
         try:
-            with self._fence():
+            with ledger.fenced(self.run, self.attempt):
                 if (folder / MARKER).exists() and folder.name not in self._bad:
                     return True, None
                 make_folder(folder)
-        except CheckpointError as error:
+        except ledger.StaleAttempt as error:
             return False, str(error)
         except OSError as error:
             return False, f"rank 0: {folder.name}: {error.strerror}"
         return False, None
-
-    @contextlib.contextmanager
-    def _fence(self) -> Iterator[None]:
-        with ledger.locked(self.run):
-            latest = ledger.latest_attempt(self.run)
-            if latest > self.attempt:
-                raise CheckpointError(
-                    f"attempt {latest} has begun; a checkpoint of attempt {self.attempt} would be void"
-                )
-            yield
 
     def _manifest(self, step: int, engine: Engine, trainer_state: dict[str, Any]) -> Manifest:
         return {

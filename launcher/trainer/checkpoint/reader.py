@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,16 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from launcher.run.ledger import MARKER
+from launcher.run.directory import MARKER, parse_checkpoint_name
 from launcher.trainer.checkpoint.format import CHUNK, DTYPES, CheckpointError, read_header
 
 MANIFEST, VERSION = "manifest.json", 1
 _TYPES = {code: dtype for dtype, code in DTYPES.items()}
 _CODES = list(_TYPES)
-_FOLDER = re.compile(r"step-(\d{8,})-a(\d+)")
 
 Manifest = dict[str, Any]
 Table = NDArray[np.int64]  # one row a range; columns below
 PARAM, KIND, START, LENGTH, FILE, OFFSET, TYPE = range(7)
-
-
-def parse_folder(name: str) -> tuple[int, int] | None:
-    """(step, attempt) of a checkpoint folder's name, or None when it is not one."""
-    match = _FOLDER.fullmatch(name)
-    return (int(match[1]), int(match[2])) if match else None
 
 
 def marker_text(manifest: bytes) -> str:
@@ -62,7 +54,7 @@ def read_manifest(folder: Path, *, run_id: str | None = None) -> Manifest:
     manifest: Manifest = json.loads(text)
     if manifest["version"] != VERSION:
         raise CheckpointError(f"{folder.name}: format version {manifest['version']}; this launcher reads {VERSION}")
-    if parse_folder(folder.name) not in ((manifest["step"], manifest["attempt"]), None):
+    if parse_checkpoint_name(folder.name) not in ((manifest["step"], manifest["attempt"]), None):
         owner = f"step {manifest['step']}, attempt {manifest['attempt']}"
         raise CheckpointError(f"{folder.name}: {MANIFEST} is that of {owner}")
     if run_id is not None and manifest["run_id"] != run_id:

@@ -8,9 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from launcher.run import ledger
-from launcher.run.directory import RunDirectory
+from launcher.run.directory import MARKER, RunDirectory, parse_checkpoint_name
 from launcher.run.files import sync_folder
-from launcher.trainer.checkpoint.reader import parse_folder
 
 
 def retain(
@@ -48,7 +47,7 @@ def _delete_others(run: RunDirectory, attempt: int, kept: set[str]) -> list[str]
         return []
     deleted = []
     for folder in sorted(run.checkpoints.iterdir()) if run.checkpoints.is_dir() else ():
-        parsed = parse_folder(folder.name)
+        parsed = parse_checkpoint_name(folder.name)
         if parsed and parsed[1] <= attempt and folder.name not in kept:
             discard(folder)
             deleted.append(folder.name)
@@ -61,7 +60,7 @@ def discard(folder: Path) -> None:
     Raises:
         OSError: it cannot be removed.
     """
-    marker = folder / ledger.MARKER
+    marker = folder / MARKER
     if marker.exists():
         marker.unlink()
         sync_folder(folder)

@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.run.directory import MARKER
 from launcher.run.files import sync_folder, write_atomic
-from launcher.run.ledger import MARKER
+from launcher.run.ledger import StaleAttempt
 from launcher.trainer.checkpoint.format import CheckpointError, Snapshot, rank_file, write_file
 from launcher.trainer.checkpoint.reader import MANIFEST, Manifest, expected_ranges, marker_text
 from launcher.trainer.checkpoint.retention import discard
@@ -34,7 +35,7 @@ class Save:
     snapshot: what this rank writes
     manifest: all but `files` and `kinds`; only rank 0 uses it
     patience_s: how long a peer may take longer than this rank
-    fence: inside, no newer attempt can begin; raises CheckpointError on entry when one has
+    fence: inside, no newer attempt begins; raises StaleAttempt on entry when one has
     """
 
     folder: Path
@@ -103,7 +104,7 @@ def _conclude(save: Save, reason: str | None) -> None:
         if failures:
             raise CheckpointError("; ".join(failures))
         _commit(save, [verdicts[rank] for rank in range(save.world_size)])
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, StaleAttempt, OSError) as error:
         with contextlib.suppress(OSError):
             discard(save.folder)
         if isinstance(error, OSError):
