@@ -1,4 +1,4 @@
-"""From a run to a folder that plain transformers loads, without GPU or process group, one parameter in memory at a time."""
+"""From a run to a folder that plain transformers loads: no GPU, no process group, one parameter in memory at a time."""
 
 from __future__ import annotations
 

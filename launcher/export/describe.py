@@ -1,4 +1,4 @@
-"""Everything of a Hugging Face folder but the weights: architecture, generation settings, tokenizer with its template."""
+"""Everything of a Hugging Face folder but the weights: architecture, generation settings, tokenizer and template."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ def _generation_config(recipe: Recipe, config: Any, tokenizer: Any) -> Any:
 
     generation = GenerationConfig.from_model_config(config)
     if recipe.model.name is not None:
-        with contextlib.suppress(
-            OSError
-        ):  # many base models have none; transformers then makes it from the config, too
+        with contextlib.suppress(OSError):  # many base models have none; then it follows from the config
             generation = GenerationConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision)
     known = generation.eos_token_id
     ends = list(known) if isinstance(known, (list, tuple)) else [known]
