@@ -1,0 +1,58 @@
+"""How an attempt's end is judged from its ranks' words and deaths (L10: class decides, not the exit code)."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.jobs.ending import judge
+from launcher.run.control import Outcome
+
+
+def failed(failure_class: str, step: int = 3, message: str = "m") -> Outcome:
+    return Outcome("failed", failure_class, step, message, "traceback", "host")
+
+
+TWO = range(2)
+
+
+def test_all_finished_is_finished_with_code_0_and_no_requeue():
+    ending = judge({0: Outcome("finished", step=9), 1: Outcome("finished", step=9)}, {}, ranks=TWO)
+    assert (ending.status, ending.step, ending.exit_code, ending.verdict) == ("finished", 9, 0, "stop")
+
+
+def test_stopped_is_preempted_with_code_75_and_requeue():
+    ending = judge({0: Outcome("stopped", step=4), 1: Outcome("stopped", step=4)}, {}, ranks=TWO)
+    assert (ending.status, ending.step, ending.exit_code, ending.verdict) == ("preempted", 4, 75, "requeue")
+
+
+def test_the_cause_is_the_rank_that_failed_by_itself_not_the_one_that_lost_its_peer():
+    ending = judge({0: failed("communication"), 1: failed("out_of_memory", message="too big")}, {}, ranks=TWO)
+    assert (ending.rank, ending.failure_class, ending.message) == (1, "out_of_memory", "too big")
+    assert (ending.exit_code, ending.verdict) == (1, "stop")
+
+
+def test_a_killed_rank_is_the_cause_though_its_peer_complains_of_the_network():
+    ending = judge({1: failed("communication")}, {0: "killed by SIGKILL"}, ranks=TWO)
+    assert (ending.rank, ending.failure_class) == (0, "unknown")
+    assert "SIGKILL" in ending.message
+    assert "memory" in ending.message
+
+
+def test_l10_a_lost_connection_alone_is_requeued():
+    ending = judge({0: failed("communication"), 1: failed("communication")}, {0: "exit code 1"}, ranks=TWO)
+    assert (ending.failure_class, ending.verdict, ending.exit_code) == ("communication", "requeue", 1)
+
+
+def test_a_users_error_on_a_rank_ends_with_code_2():
+    ending = judge({0: failed("user"), 1: failed("communication")}, {}, ranks=TWO)
+    assert (ending.exit_code, ending.verdict) == (2, "stop")
+
+
+def test_a_rank_without_a_word_is_a_failure_even_if_its_process_ended_well():
+    ending = judge({0: Outcome("finished", step=9)}, {}, ranks=TWO)
+    assert (ending.status, ending.rank, ending.exit_code) == ("failed", 1, 1)
+
+
+@pytest.mark.parametrize(("kind", "status"), [("finished", "finished"), ("stopped", "preempted")])
+def test_a_single_rank_speaks_for_itself(kind, status):
+    assert judge({0: Outcome(kind, step=1)}, {}, ranks=range(1)).status == status
