@@ -21,7 +21,7 @@ def main(recipe_file: Path) -> None:
     """Make or open the run of a recipe and prepare its data."""
     require_train_extra()
     console = Console()
-    recipe = load(recipe_file).recipe
+    recipe = load(recipe_file, new=False).recipe
     plan, run = make_plan(recipe), run_directory(recipe)
     with owned(run):
         open_run(run, recipe, plan, force=False, say=console.say)

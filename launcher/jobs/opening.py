@@ -96,6 +96,6 @@ def stored_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: no run there; RecipeError: what is wrong with the result.
     """
     run = existing_run(path)
-    recipe = load(run.recipe_file, overrides).recipe
+    recipe = load(run.recipe_file, overrides, new=False).recipe
     recipe.run.dir, recipe.run.name = str(run.path.parent), run.path.name
     return recipe

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 
-from launcher import __version__
 from launcher.jobs.spec import JobSpec, Rendered, stop_after_s
 
 JOIN_TIMEOUT_S = 3600  # other nodes wait for node 0, whose first act is to prepare the data
@@ -29,16 +28,20 @@ def _script(spec: JobSpec, node: int) -> str:
     where = f"node {node} of {spec.nodes}, " if spec.nodes > 1 else ""
     lines = [
         "#!/usr/bin/env bash",
-        f"# Run {spec.name}: {where}{spec.nproc_per_node} ranks by torchrun. Rendered by launcher {__version__}.",
+        f"# Run {spec.name}: {where}{spec.nproc_per_node} ranks started by torchrun.",
         "set -euo pipefail",
         'here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)',
         *spec.setup,
         *(f': "${{{name}:?cluster.env names it, but it is not set here}}"' for name in spec.env_names),
+        *(_rendezvous() if spec.nodes > 1 else ()),
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(spec.env.items())),
         *_threads(spec.nproc_per_node),
     ]
     if node == 0:
-        lines += ["# Node 0's first act: the run directory, a new attempt, and the data.", _begin()]
+        lines += [
+            "# Node 0's first act: the run directory, a new attempt, and the data.",
+            'python -m launcher.jobs.begin "$here/recipe.yaml"',
+        ]
     if node == 0 and spec.time_limit_min is not None:
         lines += _time_limit(spec)
     return "\n".join([*lines, _torchrun(spec, node)]) + "\n"
@@ -50,33 +53,30 @@ def _threads(ranks: int) -> list[str]:
     return [f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{share}}}"']
 
 
-def _begin() -> str:
-    return 'python -m launcher.jobs.begin "$here/recipe.yaml"'
+def _rendezvous() -> list[str]:
+    return [f': "${{{_ENDPOINT}:?set it to HOST:PORT of node 0}}"']
 
 
 def _time_limit(spec: JobSpec) -> list[str]:
-    """A timer that asks for checkpoint-and-stop shortly before the limit, and ends with the script."""
+    """A timer that asks for checkpoint-and-stop shortly before the limit, and ends with torchrun."""
     seconds = stop_after_s(spec.time_limit_min or 0)
     request = shlex.quote(f"{spec.argv[-1]}/control/stop-request")
-    return [
-        f"( trap 'kill $!' TERM; sleep {seconds} & wait $! && echo 'time limit' > {request} ) & timer=$!",
-        "trap 'kill $timer 2>/dev/null' EXIT",
-    ]
+    wait = f"for ((s = 0; s < {seconds}; s++)); do sleep 1; kill -0 $$ 2>/dev/null || exit; done"
+    return [f"( {wait}; echo 'time limit' > {request} ) &"]
 
 
 def _torchrun(spec: JobSpec, node: int) -> str:
     if spec.nodes == 1:
         options = ["--standalone", f"--nproc-per-node={spec.nproc_per_node}", "--max-restarts=0"]
     else:
-        endpoint = f"${{{_ENDPOINT}:?set it to HOST:PORT of node 0}}"
         timeouts = f"join_timeout={JOIN_TIMEOUT_S},read_timeout={JOIN_TIMEOUT_S}"
         options = [
             f"--nnodes={spec.nodes}",
             f"--nproc-per-node={spec.nproc_per_node}",
             "--max-restarts=0",
             "--rdzv-backend=c10d",
-            f'--rdzv-endpoint="{endpoint}"',
+            f'--rdzv-endpoint="${_ENDPOINT}"',
             f"--rdzv-id={shlex.quote(spec.name)}",
             f"--rdzv-conf=is_host={int(node == 0)},{timeouts}",  # explicit: torchrun guesses the host by its name
         ]
-    return " \\\n  ".join([f"torchrun {options[0]}", *options[1:], shlex.join(spec.argv)])
+    return " \\\n  ".join([f"exec torchrun {options[0]}", *options[1:], shlex.join(spec.argv)])

@@ -1,0 +1,68 @@
+"""L12: a target is a pure function from a job spec to text; the text is compared whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import UserError
+from launcher.jobs.spec import JobSpec, stop_after_s
+from launcher.jobs.targets import TARGETS, render
+
+GOLDEN = Path(__file__).parent / "golden"
+
+ONE_NODE = JobSpec(
+    name="tiny", nodes=1, nproc_per_node=2, argv=("-m", "launcher.trainer", "/runs/with space/tiny"),
+    files={"recipe.yaml": "{}\n"},
+)  # fmt: skip
+TWO_NODES = JobSpec(
+    name="big", nodes=2, nproc_per_node=8, argv=("-m", "launcher.trainer", "/shared/runs/big"),
+    env={"NCCL_DEBUG": "WARN", "MESSAGE": "it's"}, env_names=("WANDB_API_KEY", "HF_TOKEN"),
+    setup=("module load cuda/13", "source /opt/venv/bin/activate"), time_limit_min=60, files={"recipe.yaml": "{}\n"},
+)  # fmt: skip
+
+
+def assert_golden(name: str, text: str) -> None:
+    """Compare with the kept text; LAUNCHER_REFRESH_GOLDEN=1 keeps the new one instead, for a person to review."""
+    file = GOLDEN / name
+    if os.environ.get("LAUNCHER_REFRESH_GOLDEN") == "1":
+        file.write_text(text)
+    assert file.is_file(), f"{file} is missing"
+    assert text == file.read_text()
+
+
+def test_l12_torchrun_script_of_one_node_matches_golden():
+    rendered = render(ONE_NODE, target="torchrun")
+    assert set(rendered.files) == {"recipe.yaml", "job.sh"}
+    assert_golden("torchrun-1x2.sh", rendered.files["job.sh"])
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_l12_torchrun_scripts_of_two_nodes_match_golden(node):
+    assert_golden(f"torchrun-2x8-node-{node}.sh", render(TWO_NODES, target="torchrun").files[f"node-{node}.sh"])
+
+
+def test_each_node_is_told_whether_it_hosts_the_rendezvous():
+    files = render(TWO_NODES, target="torchrun").files
+    assert "is_host=1" in files["node-0.sh"]
+    assert "is_host=0" in files["node-1.sh"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_l12_rendering_twice_gives_the_same_text_and_never_a_secret(target, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "the-secret-value")
+    first, second = render(TWO_NODES, target=target), render(TWO_NODES, target=target)
+    assert first == second
+    assert "the-secret-value" not in str(first)
+
+
+def test_unknown_target_names_those_that_exist():
+    with pytest.raises(UserError, match=r"--target torchrn: expected one of torchrun\. Did you mean 'torchrun'"):
+        render(ONE_NODE, target="torchrn")
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(1, 54), (10, 540), (50, 2700), (720, 42900)])
+def test_stop_is_asked_a_tenth_before_the_limit_but_at_most_five_minutes(minutes, seconds):
+    assert stop_after_s(minutes) == seconds
