@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher.data.formats import choose
 from launcher.data.lock import build_lock
-from launcher.data.sources import Listing, load
+from launcher.data.sources import Listing, load, records
 from launcher.data.store import VERSION, sync_folder
 from launcher.data.tokenize import Shard, ShardContext, tokenise_shard
 from launcher.data.tokenizer import TokenizerSpec, describe_tokenizer
@@ -76,8 +76,8 @@ def _tokenise(job: TokensJob, folder: Path, progress: Progress, beat: Callable[[
     full = [i for i, table in enumerate(tables) if len(table)]
     if not full:
         raise UserError(f"{source.path}: holds no records.")
-    columns = tables[full[0]].column_names
-    form = choose(source, columns, tables[full[0]][0])
+    first = records(tables[full[0]], 0, 1, job.listing.names[full[0]])[0]
+    form = choose(source, tables[full[0]].column_names, first)
     context = ShardContext(job.spec, form, tables, job.listing.names, train_on=job.train_on, objective=job.objective)
     tokenizer = describe_tokenizer(job.spec, context.tokenizer())
     job.check_tokenizer(tokenizer)

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 from launcher.data.lock import build_lock
 from launcher.data.parts import Progress, TokensJob, ensure_tokens
 from launcher.data.rows import Held, build_rows
-from launcher.data.sources import find, fingerprint
+from launcher.data.sources import find, fingerprint, place
 from launcher.data.store import VERSION, Store, write_store
-from launcher.data.tokenize import place
 from launcher.data.tokenizer import TokenizerSpec, hash_tokenizer, locate
 from launcher.errors import UserError
 from launcher.recipe.schema import Recipe, Source

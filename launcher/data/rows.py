@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from launcher.data.order import uniform_hash
 from launcher.data.packing import one_a_row, pack
+from launcher.data.sources import place
 from launcher.data.store import Index, count_targets, open_part
-from launcher.data.tokenize import place
 from launcher.errors import UserError
 from launcher.recipe.schema import Recipe
 

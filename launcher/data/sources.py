@@ -111,6 +111,27 @@ def load(listing: Listing, scratch: Path) -> list[Any]:
     return [_load_file(file, scratch) for file in listing.files]
 
 
+def records(table: Any, begin: int, end: int, name: str) -> list[dict[str, Any]]:
+    """Rows begin:end of a table of `load`.
+
+    Raises:
+        UserError: a row holds bytes that are not UTF-8, which shows only when it is read; names file and record.
+    """
+    try:
+        columns = table[begin:end]
+    except UnicodeDecodeError as error:
+        if end - begin > 1:
+            middle = (begin + end) // 2
+            return records(table, begin, middle, name) + records(table, middle, end, name)
+        raise UserError(f"{place(name, begin)}: not UTF-8: {error}") from error
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def place(name: str, record: int) -> str:
+    """How messages name a record: its index from 0, and its row as people count."""
+    return f"{name}: record {record} (row {record + 1})"
+
+
 def _listing(source: Source, files: tuple[Path, ...], none: str) -> Listing:
     if not files:
         raise UserError(none)

@@ -12,6 +12,7 @@ import numpy as np
 
 from launcher.data.chat import Rendered, render, template_of
 from launcher.data.formats import Chat, Completion, Example, Format, Text
+from launcher.data.sources import place, records
 from launcher.data.store import Encoded, write_part
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
 from launcher.errors import UserError
@@ -123,11 +124,6 @@ class _placed:
             raise UserError(f"{self._where}: {error}") from error
 
 
-def place(name: str, record: int) -> str:
-    """How messages name a record: its index from 0, and its row as people count."""
-    return f"{name}: record {record} (row {record + 1})"
-
-
 @dataclass(frozen=True, slots=True)
 class Shard:
     """Rows begin:end of one table of a source, tokenised into `path`."""
@@ -185,10 +181,9 @@ def tokenise_shard(context: ShardContext, shard: Shard) -> int:
     first: dict[str, list[int]] = {}
     largest = 0
     for begin in range(shard.begin, shard.end, _BATCH):
-        columns = table[begin : min(begin + _BATCH, shard.end)]
-        records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        batch = records(table, begin, min(begin + _BATCH, shard.end), name)
         examples = []
-        for i, record in enumerate(records):
+        for i, record in enumerate(batch):
             with _placed(place(name, begin + i)):
                 examples.append((place(name, begin + i), context.form.read(record)))
         for i, (ids, weights) in enumerate(encoder.encode(examples)):

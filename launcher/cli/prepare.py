@@ -1,0 +1,88 @@
+"""`launcher prepare`: makes the data store of a recipe, with a progress bar on a terminal and plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from launcher.data.prepare import Prepared
+
+
+@click.command(short_help="Tokenise and pack a recipe's data into the store.")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
+@click.option("--json", "as_json", is_flag=True, help="Print what data.json would hold.")
+@click.option("--strict", is_flag=True, help="A record that would be dropped or cut is an error.")
+def command(recipe: str, overrides: tuple[str, ...], as_json: bool, strict: bool) -> None:
+    """Tokenise and pack the data of a recipe; start no training, need no GPU. What is already made is only opened.
+
+    example: launcher prepare recipes/tiny-cpu.yaml data.num_workers=8
+    """
+    from launcher.data.prepare import prepare
+    from launcher.recipe.check import load
+
+    loaded = load(recipe, overrides).recipe
+    with progress_shown() as progress:
+        prepared = prepare(loaded, progress=progress, strict=strict)
+    if as_json:
+        click.echo(json.dumps(prepared.to_dict(), indent=2))
+        return
+    for line in summary(prepared):
+        click.echo(line)
+
+
+def summary(prepared: Prepared) -> Iterator[str]:
+    """What was found or made, for people."""
+    for role, entry in (("train", prepared.train), ("eval", prepared.eval)):
+        if entry is not None:
+            yield from _store_lines(role, entry)
+    yield (
+        f"steps  {prepared.total_steps:,} of {prepared.global_batch_size:,} rows; "
+        f"an epoch is {prepared.steps_per_epoch:.4g} steps"
+    )
+
+
+def _store_lines(role: str, entry: dict[str, Any]) -> Iterator[str]:
+    yield from (f"{role}  {line}" for line in entry["formats"])
+    yield (
+        f"{role}  {entry['rows']:,} rows of {entry['documents']:,} documents, {entry['tokens']:,} tokens "
+        f"({entry['trained_tokens']:,} trained), packing efficiency {entry['packing_efficiency']:.2%}"
+    )
+    for what in ("dropped", "changed"):
+        yield from (f"{role}  {what}: {count:,} ({reason})" for reason, count in entry[what].items())
+    yield f"{role}  store {entry['store']}"
+
+
+@contextmanager
+def progress_shown() -> Iterator[Callable[[str, int, int], None]]:
+    """What to hand to `prepare`: a bar on a terminal; elsewhere a line on stderr when work has moved on."""
+    import sys
+
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("looking at the data", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
+
+
+class _Lines:
+    """Plain lines: one for each kind of work, then one for each tenth of it."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, int] = ("", 0)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = (what, done * 10 // total if total else 0)
+        if now != self._last:
+            self._last = now
+            click.echo(f"{what}: {done} of {total} shards" if total else what, err=True)

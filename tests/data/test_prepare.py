@@ -1,0 +1,258 @@
+"""`prepare` builds each store once, finds it again at once, and says what it left out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launcher.data import parts
+from launcher.data.prepare import prepare, write_data_json
+from launcher.data.store import Store
+from launcher.errors import UserError
+from launcher.recipe.schema import from_dict
+from tests.data.make import tiny_tokenizer, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def make(tokenizer, tmp_path):
+    """recipe(records or path, key=value of data, train={...}, model={...}) with a cache of its own."""
+
+    def recipe(train, *, source=None, objective=None, steps=None, vocab_size=400, **data):
+        path = train if isinstance(train, str | Path) else write_jsonl(tmp_path / "train.jsonl", train)
+        return from_dict(
+            {
+                "model": {"config": {"model_type": "llama", "vocab_size": vocab_size}, "tokenizer": str(tokenizer)},
+                "objective": {"kind": objective or "sft"},
+                "data": {
+                    "train": [{"path": str(path), **(source or {})}], "seq_len": 64, "num_workers": 1,
+                    "cache_dir": str(tmp_path / "cache"), **data,
+                },
+                "train": {"global_batch_size": 4, **(steps or {"epochs": 1})},
+            }
+        )  # fmt: skip
+
+    return recipe
+
+
+def pairs(count):
+    return [{"prompt": f"Question {i}? ", "completion": f"The answer is {i}."} for i in range(count)]
+
+
+def contents(prepared, tokenizer_folder, role="train"):
+    """Every document of a store: (record, decoded text), as often as rows hold it."""
+    from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
+
+    words = load_tokenizer(TokenizerSpec(str(tokenizer_folder)))
+    store = Store.open(getattr(prepared, role)["store"])
+    return sorted((d.record, words.decode(d.tokens.tolist())) for r in range(store.rows) for d in store.documents(r))
+
+
+def test_every_record_is_in_one_row_with_its_number(make, tokenizer):
+    prepared = prepare(make(pairs(30)))
+    expected = [(i, f"Question {i}? The answer is {i}.<|im_end|>") for i in range(30)]
+    assert contents(prepared, tokenizer) == expected
+    entry = prepared.train
+    assert entry["documents"] == 30
+    assert entry["dropped"] == {}
+    assert prepared.steps_per_epoch == entry["rows"] / 4
+    assert (prepared.total_rows, prepared.total_steps) == (entry["rows"], -(-entry["rows"] // 4))
+
+
+def test_a_store_is_built_once_and_found_again_until_something_that_matters_changes(make, tmp_path):
+    recipe = make(pairs(10))
+    first = prepare(recipe)
+    assert first.built
+    again = prepare(recipe)
+    assert not again.built
+    assert again == first
+    write_jsonl(tmp_path / "train.jsonl", [*pairs(9), {"prompt": "Question 9? ", "completion": "The answer is X."}])
+    changed = prepare(recipe)
+    assert changed.built
+    assert changed.train["fingerprint"] != first.train["fingerprint"]
+    write_jsonl(tmp_path / "train.jsonl", pairs(10))
+    assert prepare(recipe) == first
+
+
+def test_another_row_length_reuses_the_tokens(make):
+    prepare(make(pairs(10)))
+    said = []
+    wider = prepare(make(pairs(10), seq_len=128), progress=lambda what, done, total: said.append(what))
+    assert wider.built
+    assert said == ["packing train rows"]
+
+
+def test_rows_do_not_depend_on_the_number_of_workers(make, monkeypatch):
+    monkeypatch.setattr(parts, "SHARD_BYTES", 500)
+    one = prepare(make(pairs(40)))
+    two = prepare(make(pairs(40), num_workers=2, cache_dir=str(Path(one.train["store"]).parents[2] / "other")))
+    first, second = Store.open(one.train["store"]), Store.open(two.train["store"])
+    assert len(first.manifest["parts"]) > 2
+    for name, array in first._arrays.items():
+        assert array.tolist() == second._arrays[name].tolist(), name
+
+
+def test_finding_a_store_imports_nothing_heavy(make, tmp_path):
+    from launcher.recipe.schema import to_dict
+
+    recipe = make(pairs(10))
+    prepare(recipe)
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(recipe)))
+    code = (
+        "import json, sys; from launcher.recipe.schema import from_dict; from launcher.data.prepare import prepare;"
+        f"p = prepare(from_dict(json.load(open({str(tmp_path / 'recipe.json')!r})))); "
+        "assert not p.built; print(*sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(result.stdout.split()) & {"torch", "transformers", "datasets", "pandas", "pyarrow", "numba"}
+
+
+def long(words=200):
+    return {"prompt": "Tell: ", "completion": "story " * words}
+
+
+def test_a_long_record_is_an_error_that_names_it(make):
+    with pytest.raises(
+        UserError, match=r"seq_len = 64: 1 records are longer.*\n.*train.jsonl: record 2 \(row 3\): \d+ tok"
+    ):
+        prepare(make([*pairs(2), long()]))
+
+
+def test_a_long_record_is_dropped_and_counted(make):
+    prepared = prepare(make([*pairs(2), long()], overlong="drop"))
+    assert prepared.train["dropped"] == {"longer than seq_len": 1}
+    assert prepared.train["documents"] == 2
+
+
+def test_a_long_record_is_truncated_and_counted_and_dropped_when_nothing_trained_is_left(make):
+    behind = {"prompt": "story " * 200, "completion": "end"}
+    prepared = prepare(make([*pairs(2), long(), behind], overlong="truncate"))
+    assert prepared.train["changed"] == {"truncated to seq_len": 2}
+    assert prepared.train["dropped"] == {"no trained token left when truncated to seq_len": 1}
+    store = Store.open(prepared.train["store"])
+    assert max(len(d.tokens) for r in range(store.rows) for d in store.documents(r)) == 64
+
+
+def test_splitting_keeps_every_token_of_a_long_record(make, tokenizer):
+    prepared = prepare(make([{"text": "story " * 300}], overlong="split", objective="pretrain"))
+    store = Store.open(prepared.train["store"])
+    pieces = sorted((store.document(d) for d in range(prepared.train["documents"])), key=lambda d: -len(d.tokens))
+    assert all(len(piece.tokens) == 64 for piece in pieces[:-1])
+    assert "".join(text for _, text in contents(prepared, tokenizer)).count("story") == 300
+    assert prepared.train["changed"] == {"split at seq_len": 1}
+
+
+def test_records_that_teach_nothing_are_dropped_and_counted_and_an_error_when_strict(make):
+    records = [
+        {"messages": [{"role": "user", "content": "Hi"}]},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]},
+    ]
+    recipe = make(records)
+    assert prepare(recipe).train["dropped"] == {"no trained token": 1}
+    with pytest.raises(UserError, match=r"strict: .*\n.*no trained token: 1, the first is .*record 0 \(row 1\)"):
+        prepare(recipe, strict=True)
+
+
+def test_held_out_records_are_apart_and_stay_so_when_records_are_added(make, tokenizer):
+    def split(count):
+        prepared = prepare(make(pairs(count), eval_fraction=0.25))
+        train, held = contents(prepared, tokenizer), contents(prepared, tokenizer, "eval")
+        assert len(train) + len(held) == count
+        assert not set(train) & set(held)
+        return {record for record, _ in held}
+
+    few, many = split(40), split(80)
+    assert 0 < len(few) < 40
+    assert few == {record for record in many if record < 40}
+
+
+def test_a_tiny_set_still_holds_out_one_record(make):
+    assert prepare(make(pairs(3), eval_fraction=0.01)).eval["documents"] == 1
+
+
+def test_separate_evaluation_sources_make_a_store_of_their_own(make, tmp_path):
+    path = write_jsonl(tmp_path / "eval.jsonl", pairs(5))
+    prepared = prepare(make(pairs(20), eval=[{"path": str(path)}]))
+    assert (prepared.train["documents"], prepared.eval["documents"]) == (20, 5)
+
+
+@pytest.mark.parametrize(("weight", "low", "high"), [(1.0, 40, 40), (2.0, 80, 80), (0.5, 10, 30), (1.5, 50, 70)])
+def test_a_weight_repeats_records_or_takes_a_fixed_share(make, tokenizer, weight, low, high):
+    first = contents(prepare(make(pairs(40), source={"weight": weight})), tokenizer)
+    assert low <= len(first) <= high
+    assert contents(prepare(make(pairs(40), source={"weight": weight}, seq_len=128)), tokenizer) == first
+
+
+def test_max_samples_takes_the_first_records_over_all_files(make, tokenizer, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for name in "ab":
+        write_jsonl(folder / f"{name}.jsonl", pairs(4))
+    prepared = prepare(make(folder, source={"max_samples": 5}))
+    assert [record for record, _ in contents(prepared, tokenizer)] == [0, 0, 1, 2, 3]
+
+
+def test_packing_none_lays_one_document_a_row(make):
+    entry = prepare(make(pairs(9), packing="none")).train
+    assert entry["rows"] == entry["documents"] == 9
+
+
+def test_steps_follow_from_epochs_or_are_given(make):
+    recipe = make(pairs(40), steps={"epochs": 2.5})
+    prepared = prepare(recipe)
+    assert prepared.total_rows == round(2.5 * prepared.train["rows"])
+    assert prepared.total_steps == -(-prepared.total_rows // 4)
+    fixed = prepare(make(pairs(40), steps={"max_steps": 7}))
+    assert (fixed.total_rows, fixed.total_steps) == (None, 7)
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "holds no records"),
+        ([{"prompt": "", "completion": ""}], r"nothing is left to learn from \(no trained token: 1\)"),
+        ([*pairs(3), {"prompt": "x"}], r"train.jsonl: record 3 \(row 4\): column completion is missing"),
+        ([{"messages": [{"role": "bot", "content": "a"}]}], r"record 0 \(row 1\): turn 1: unknown role 'bot'"),
+    ],
+)
+def test_bad_data_is_a_message_with_file_and_record(make, records, message):
+    with pytest.raises(UserError, match=message):
+        prepare(make(records))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(make):
+    with pytest.raises(UserError, match=r"the data needs token ids up to .* vocab_size is 256"):
+        prepare(make(pairs(3), vocab_size=256))
+    prepare(make(pairs(3)))
+    with pytest.raises(UserError, match="vocab_size is 256"):
+        prepare(make(pairs(3), vocab_size=256))
+
+
+def test_a_cache_folder_that_cannot_be_written_is_refused(make, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data.cache_dir = .*file.*cannot be written"):
+        prepare(make(pairs(3), cache_dir=str(tmp_path / "file")))
+
+
+def test_data_json_is_written_whole_and_refuses_other_data(make, tmp_path):
+    pytest.importorskip("launcher.run.files")
+    run = SimpleNamespace(data_file=tmp_path / "data.json")
+    prepared = prepare(make(pairs(10)))
+    write_data_json(run, prepared)
+    assert json.loads(run.data_file.read_text()) == prepared.to_dict()
+    write_data_json(run, prepare(make(pairs(10), steps={"max_steps": 3})))
+    assert json.loads(run.data_file.read_text())["total_steps"] == 3
+    other = prepare(make(pairs(11)))
+    with pytest.raises(UserError, match="the train data is no longer what the run began with"):
+        write_data_json(run, other)
+    write_data_json(run, other, force=True)
+    assert json.loads(run.data_file.read_text()) == other.to_dict()
