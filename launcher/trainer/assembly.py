@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
 
 def assemble(
-    run: RunDirectory, recipe: Recipe, *, attempt: int, ranks: Ranks, device: torch.device, stop_asked: Callable[[], bool]
+    run: RunDirectory,
+    recipe: Recipe,
+    *,
+    attempt: int,
+    ranks: Ranks,
+    device: torch.device,
+    stop_asked: Callable[[], bool],
 ) -> Training:
     """Everything up to the first step; collective.
 
@@ -43,7 +49,10 @@ def assemble(
     manager = CheckpointManager(
         run, attempt=attempt, rank=ranks.rank, world_size=ranks.world_size, keep_last=recipe.checkpoint.keep_last,
         keep_every_steps=recipe.checkpoint.keep_every_steps, asynchronous=recipe.checkpoint.async_save,
-        meta={"run_id": run.run_id(), "engine": recipe.strategy.kind, "optimizer": recipe.optimizer.kind},
+        meta={
+            "run_id": run.read_json("run.json")["run_id"], "engine": recipe.strategy.kind,
+            "optimizer": recipe.optimizer.kind,
+        },
     )  # fmt: skip
     state = manager.load_latest(engine) if resuming else None  # raises when there are checkpoints and none is sound
     if state is not None:
@@ -71,7 +80,9 @@ def read_data(run: RunDirectory) -> dict[str, Any]:
     try:
         data: dict[str, Any] = json.loads(run.data_file.read_text())
     except FileNotFoundError:
-        raise UserError(f"{run.data_file}: missing, so the data is not prepared. Run `launcher run`, which prepares it.") from None
+        raise UserError(
+            f"{run.data_file}: missing, so the data is not prepared. Run `launcher run`, which prepares it."
+        ) from None
     return data
 
 
@@ -116,7 +127,8 @@ def _reports(
     figures = None
     if ranks.rank == 0:
         figures = Figures(
-            metrics=MetricsWriter(run.metrics_file), trackers=open_trackers(list(recipe.logging.trackers), run.path, step=step),
+            metrics=MetricsWriter(run.metrics_file),
+            trackers=open_trackers(list(recipe.logging.trackers), run.path, step=step),
             module=engine.module, device=engine.device, world_size=ranks.world_size, attempt=attempt,
             every=recipe.logging.every_steps, total_steps=int(data["total_steps"]),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which attention back end is used, why, and what it needs to keep the documents of a row apart; the one seam of attention."""
+"""Which attention back end is used, why, and how it keeps the documents of a row apart; the one seam of attention."""
 
 from __future__ import annotations
 
@@ -77,7 +77,12 @@ def forward_arguments(backend: str, *, cu_seqlens: torch.Tensor, max_seqlen: int
     """
     if backend not in _OFFSETS:
         return {}
-    return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": max_seqlen, "max_length_k": max_seqlen}
+    return {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": max_seqlen,
+        "max_length_k": max_seqlen,
+    }
 
 
 def _problem(backend: str, device: torch.device, dtype: torch.dtype, config: Any) -> str | None:
@@ -110,8 +115,8 @@ def _refuse_leaking_layers(config: Any) -> None:
     layers = set(getattr(config, "layer_types", None) or ())
     if leaking := layers - _ISOLATING_LAYERS:
         raise UserError(
-            f"model.name: layers of type {', '.join(sorted(leaking))} carry state from one document of a row to the next. "
-            "Set data.packing=none with train.micro_batch_size=1, or take a model with attention in every layer."
+            f"model: layers of type {', '.join(sorted(leaking))} carry state from one document of a row to the next. "
+            "Take a model with attention in every layer."
         )
 
 
@@ -155,7 +160,9 @@ def _varlen_forward(
     from torch.nn.attention.varlen import varlen_attn
 
     if attention_mask is not None or extra.get("softcap") or extra.get("s_aux") is not None:
-        raise UserError("model.attention = varlen: this model needs a mask, softcap or sinks. Use model.attention=flex.")
+        raise UserError(
+            "model.attention = varlen: this model needs a mask, softcap or sinks. Use model.attention=flex."
+        )
     rows, heads, tokens, _ = query.shape
     flat = [t.transpose(1, 2).reshape(rows * tokens, t.shape[1], t.shape[3]) for t in (query, key, value)]
     if flat[0].dtype == torch.float32 and torch.is_autocast_enabled(query.device.type):

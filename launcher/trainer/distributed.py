@@ -42,7 +42,7 @@ def choose_device(accelerator: str, ranks: Ranks) -> torch.device:
     gpus = torch.cuda.device_count()
     if accelerator == "cuda" and gpus < ranks.local_world_size:
         raise UserError(
-            f"cluster.accelerator = cuda: expected {ranks.local_world_size} GPUs on this node (cluster.nproc_per_node), "
+            f"cluster.accelerator = cuda: expected {ranks.local_world_size} GPUs here (cluster.nproc_per_node), "
             f"found {gpus}. Lower cluster.nproc_per_node, or set cluster.accelerator=cpu."
         )
     if accelerator == "cuda" or (accelerator == "auto" and gpus >= ranks.local_world_size):
@@ -51,7 +51,7 @@ def choose_device(accelerator: str, ranks: Ranks) -> torch.device:
 
 
 def set_threads(ranks: Ranks) -> int:
-    """Threads of this rank's arithmetic: OMP_NUM_THREADS where set, else the node's usable cores shared by its ranks."""
+    """Threads of this rank's arithmetic: OMP_NUM_THREADS where set, else its share of the node's usable cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // ranks.local_world_size))
     torch.set_num_threads(threads)

@@ -11,9 +11,7 @@ from launcher.trainer.engines import Engine
 from launcher.trainer.objectives import to_batch
 
 
-def evaluate(
-    engine: Engine, store: Store, *, micro_batch_size: int, rank: int, world_size: int, backend: str
-) -> float:
+def evaluate(engine: Engine, store: Store, *, micro_batch_size: int, rank: int, world_size: int, backend: str) -> float:
     """Mean weighted negative log likelihood over all evaluation tokens, in nats; collective."""
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for micro in eval_batches(store, micro_batch_size=micro_batch_size, world_size=world_size, rank=rank):

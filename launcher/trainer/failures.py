@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-
 from typing import TYPE_CHECKING
 
 from launcher.errors import UserError
@@ -11,8 +10,10 @@ from launcher.errors import UserError
 if TYPE_CHECKING:
     from launcher.run.control import FailureClass
 
-_NETWORK = ("gloo", "nccl", "connection reset", "connection closed", "connection refused", "broken pipe", "socket", "rendezvous",
-            "tcpstore", "timed out waiting", "wait timeout", "peer")  # fmt: skip
+_NETWORK = (
+    "gloo", "nccl", "connection reset", "connection closed", "connection refused", "broken pipe", "socket",
+    "rendezvous", "tcpstore", "timed out waiting", "wait timeout", "peer",
+)  # fmt: skip
 _MEMORY = ("out of memory", "can't allocate memory", "defaultcpuallocator", "cannot allocate memory")
 _NODE = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 

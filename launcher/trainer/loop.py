@@ -23,7 +23,6 @@ from launcher.trainer.saving import Saver
 if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
     from launcher.run.directory import RunDirectory
-    from launcher.run.state import Status
     from launcher.trainer.distributed import Ranks
 
 STATE_EVERY_S = 3.0
@@ -135,7 +134,7 @@ def finish(t: Training) -> None:
     write_state(t, "finished")
 
 
-def write_state(t: Training, status: Status) -> None:
+def write_state(t: Training, status: str) -> None:
     """Rank 0 writes state.json.
 
     Raises:

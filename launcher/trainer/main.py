@@ -1,4 +1,4 @@
-"""Everything one rank does, from the run directory to its outcome; the same under plain torchrun and under the supervisor."""
+"""All that one rank does, from run directory to outcome; the same under plain torchrun and under the supervisor."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def redirect_output(path: Path) -> None:
 
 
 def listen_for_signals() -> None:
-    """SIGTERM and SIGUSR1 ask for checkpoint-and-stop at the next step; Ctrl-C is the launcher's, which asks for it too."""
+    """SIGTERM and SIGUSR1 ask for checkpoint-and-stop at the next step; Ctrl-C is for the launcher, which asks too."""
 
     def ask(number: int, frame: Any) -> None:
         global _stop_signal
@@ -101,7 +101,9 @@ def _train(run: RunDirectory, attempt: int, progress: dict[str, Any]) -> Literal
     device = distributed.choose_device(accelerator, ranks)
     distributed.set_threads(ranks)
     joined = distributed.join(device, ranks)
-    training = assemble(run, recipe, attempt=attempt, ranks=ranks, device=device, stop_asked=lambda: stop_asked(run, ranks.rank))
+    training = assemble(
+        run, recipe, attempt=attempt, ranks=ranks, device=device, stop_asked=lambda: stop_asked(run, ranks.rank)
+    )
     progress["training"] = training
     kind = train(training)
     training.rows.close()

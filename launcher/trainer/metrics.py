@@ -1,10 +1,10 @@
 """The figures of a run: metrics.jsonl, their units, how they are read back, and the picture of the loss.
 
-One JSON object a line. A logged step has step (finished updates, from 1), loss (of that step's global batch), lr, grad_norm
-(before clipping), tokens (of the global batch), tokens_per_s (over all ranks, since the last logged step), mfu (share of
-the device's peak, null where unknown), memory_gib (peak of rank 0), data_wait_s (time rank 0 waited for rows since the
-last logged step), time (Unix seconds), attempt. An evaluation has step and eval_loss. A resumed run repeats steps: the
-last line of a step counts.
+One JSON object a line. A logged step has step (finished updates, from 1), loss (of that step's global batch), lr,
+grad_norm (before clipping), tokens (of the global batch), tokens_per_s (over all ranks, since the last logged step),
+mfu (share of the device's peak, null where unknown), memory_gib (peak of rank 0), data_wait_s (time rank 0 waited for
+rows since the last logged step), time (Unix seconds), attempt. An evaluation has step and eval_loss. A number that is
+not finite is null. A resumed run repeats steps: the last line of a step counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from typing import Any
 import torch
 
 # dense bf16 peak of one device in FLOP/s, from the makers' data sheets
-_PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "GB200": 2500e12, "A100": 312e12, "L40S": 362e12}
+_PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
 
 
 class MetricsWriter:
@@ -43,7 +51,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(logged steps, evaluations), each ascending by step, the last line of a step alone; a torn last line is skipped."""
+    """(logged steps, evaluations), ascending by step, the last line of a step alone; a torn line is skipped."""
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.exists() else ():

@@ -1,4 +1,4 @@
-"""How the trained module is built: a skeleton without weights on every rank, real weights on one, and the path from tokens to loss."""
+"""How the trained module is built: a skeleton on every rank, real weights on one, and the path from tokens to loss."""
 
 from __future__ import annotations
 
@@ -45,7 +45,11 @@ class TrainedModel(nn.Module):
     def weighted_nll(self, batch: Batch) -> Tensor:
         """Sum of weight x negative log likelihood of the trained tokens, 0-d float64."""
         arguments = dict(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False, **batch.attention
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            use_cache=False,
+            **batch.attention,
         )
         if self.head is None:
             logits = self.lm(**arguments).logits.flatten(0, 1).index_select(0, batch.trained).float()
@@ -102,7 +106,9 @@ def load_config(model: Model) -> Any:
             rest = {key: value for key, value in model.config.items() if key != "model_type"}
             config = AutoConfig.for_model(model.config["model_type"], **rest)
         else:
-            config = AutoConfig.from_pretrained(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+            config = AutoConfig.from_pretrained(
+                model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+            )
     except (OSError, ValueError, TypeError, KeyError) as error:
         key = "model.config" if model.config is not None else f"model.name = {model.name}"
         raise UserError(f"{key}: the architecture cannot be read: {error}") from error
@@ -136,7 +142,11 @@ def build_skeleton(
     if use.liger:
         kernels.apply(lm)
     head, why = find_head(lm)
-    notes = [f"attention: {chosen.backend} ({chosen.reason})", f"liger: {str(use.liger).lower()} ({use.reason})", f"loss: {why}"]
+    notes = [
+        f"attention: {chosen.backend} ({chosen.reason})",
+        f"liger: {str(use.liger).lower()} ({use.reason})",
+        f"loss: {why}",
+    ]
     if model.gradient_checkpointing == "full":
         _enable_checkpointing(lm)
         notes.append("gradient checkpointing: every decoder block is recomputed in the backward pass")
@@ -155,10 +165,7 @@ def read_weights(model: Model, config: Any, *, seed: int) -> dict[str, Tensor]:
         UserError: weights are missing in the folder, or it cannot be read.
     """
     torch.manual_seed(seed)
-    if model.config is not None:
-        lm = _from_config(model, config, "eager")
-    else:
-        lm = _from_pretrained(model, config)
+    lm = _from_config(model, config, "eager") if model.config is not None else _from_pretrained(model, config)
     lm.tie_weights()
     return dict(named_state(lm))
 
@@ -190,7 +197,7 @@ def check_vocabulary(config: Any, *, data_vocab_size: int) -> None:
     size = config.get_text_config().vocab_size
     if data_vocab_size > size:
         raise UserError(
-            f"model.tokenizer: the data holds token ids up to {data_vocab_size - 1}, the model's vocabulary has {size}. "
+            f"model.tokenizer: the data holds token ids up to {data_vocab_size - 1}, the model's vocabulary is {size}. "
             "Use the model's own tokenizer, or a config with vocab_size of at least that."
         )
 
@@ -204,7 +211,9 @@ def parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # a tied parameter is on meta already and must stay the same object
+        if (
+            parameter is not None and not parameter.is_meta
+        ):  # a tied parameter is on meta already and must stay the same object
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
@@ -295,7 +304,10 @@ def _from_config(model: Model, config: Any, implementation: str) -> Any:
 
     try:
         return AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=DTYPES[model.dtype], attn_implementation=implementation, trust_remote_code=model.trust_remote_code
+            copy.deepcopy(config),
+            dtype=DTYPES[model.dtype],
+            attn_implementation=implementation,
+            trust_remote_code=model.trust_remote_code,
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from error
@@ -306,14 +318,17 @@ def _from_pretrained(model: Model, config: Any) -> Any:
 
     try:
         lm, report = AutoModelForCausalLM.from_pretrained(
-            model.name, config=copy.deepcopy(config), revision=model.revision, trust_remote_code=model.trust_remote_code,
-            dtype=DTYPES[model.dtype], attn_implementation="eager", output_loading_info=True,
+            model.name, config=copy.deepcopy(config), revision=model.revision,
+            trust_remote_code=model.trust_remote_code, dtype=DTYPES[model.dtype], attn_implementation="eager",
+            output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise UserError(f"model.name = {model.name}: the weights cannot be read: {error}") from error
     if missing := sorted(report["missing_keys"]):
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise UserError(f"model.name = {model.name}: expected weights for {shown}, found none. Is it a causal language model?")
+        raise UserError(
+            f"model.name = {model.name}: expected weights for {shown}, found none. Is it a causal language model?"
+        )
     return lm
 
 

@@ -1,4 +1,4 @@
-"""How a gradient becomes an update: parameter groups, the learning rate as a pure function of the step, the loss scale of fp16."""
+"""How a gradient becomes an update: parameter groups, learning rate as a function of the step, loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def build_adamw(optimizer: Optimizer, module: nn.Module) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     betas = (optimizer.betas[0], optimizer.betas[1])
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True
+    )
 
 
 @dataclass(slots=True)

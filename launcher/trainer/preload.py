@@ -1,4 +1,4 @@
-"""What a forkserver imports once so that a rank starts in a third of a second; no threads and no process group at import."""
+"""What a forkserver imports once, so that a rank starts in a third of a second; starts no threads, joins no group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks tell each other once a step, and what becomes of it one step later: figures, stop, save, not finite."""
+"""What the ranks tell each other once a step, and what becomes of it a step later: figures, stop, save, not finite."""
 
 from __future__ import annotations
 
@@ -75,8 +75,9 @@ class Figures:
         elapsed = max(report.at - self._since, 1e-9)
         peak = peak_flops(self.device)
         self.write({
-            "step": report.step, "loss": loss, "lr": report.lr, "grad_norm": float(report.norm), "tokens": report.rows.tokens,
-            "tokens_per_s": self._tokens / elapsed, "mfu": self._flops / elapsed / (peak * self.world_size) if peak else None,
+            "step": report.step, "loss": loss, "lr": report.lr, "grad_norm": float(report.norm),
+            "tokens": report.rows.tokens, "tokens_per_s": self._tokens / elapsed,
+            "mfu": self._flops / elapsed / (peak * self.world_size) if peak else None,
             "memory_gib": memory_gib(self.device), "data_wait_s": self._wait_s,
         })  # fmt: skip
         print(console_line(self.last, total_steps=self.total_steps), flush=True)

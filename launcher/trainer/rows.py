@@ -15,7 +15,6 @@ from launcher.errors import UserError
 from launcher.trainer.failures import DataError
 from launcher.trainer.objectives import Batch, Objective, to_batch
 
-
 _T = TypeVar("_T")
 
 

@@ -1,4 +1,4 @@
-"""What trainer tests share: a tiny recipe, a store of random documents, an engine on it, and whole gradients by name."""
+"""What trainer tests share: a tiny recipe, a store of random documents, an engine on it, whole gradients by name."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_recipe(kind: str = "ddp", *, config: dict[str, Any] | None = None, **ch
 
 
 def documents_store(folder: Path, *, count: int = 60, seq_len: int = 64, masked: bool = True) -> Path:
-    """A store of packed documents of unequal lengths; with `masked`, prompts carry no weight and last tokens half of it."""
+    """Packed documents of unequal lengths; with `masked`, prompts carry no weight and last tokens half of it."""
     rng = np.random.default_rng(11)
     lengths = rng.integers(3, 40, count)
     encoded = Encoded()
@@ -91,7 +91,8 @@ def batches(path: Path, recipe: Recipe, *, rank: int, world_size: int, layout: A
     """The batches of one rank."""
     return Batches(
         Store.open(path), seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size,
-        micro_batch_size=recipe.train.micro_batch_size, world_size=world_size, rank=rank, total_steps=100, layout=layout,
+        micro_batch_size=recipe.train.micro_batch_size, world_size=world_size, rank=rank, total_steps=100,
+        layout=layout,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Attention: documents of a row do not see each other (L2), what leaks is told from what does not, the choice is explained."""
+"""Attention: documents of a row do not see each other (L2), what leaks differs, the choice is explained."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def test_inputs_that_contaminate_in_silence_do_differ(backend: str, spoil: str, 
     with torch.no_grad():
         a, b = (lm(**inputs, use_cache=False).logits[0, -20:-3] for inputs in (right, wrong))
     if spoil == "4-D mask" and backend == "sdpa":
-        torch.testing.assert_close(a, b)  # sdpa applies it; eager adds it to the scores, which is why nobody may pass one
+        torch.testing.assert_close(
+            a, b
+        )  # sdpa applies it; eager adds it to the scores, which is why nobody may pass one
     else:
         assert (a - b).abs().max() > 1e-2
 

@@ -22,14 +22,17 @@ def losses(run: Any) -> dict[int, float]:
 
 
 def test_a_run_trains_to_its_end_and_leaves_metrics_evaluation_picture_state_and_checkpoint(tmp_path: Path) -> None:
-    recipe = make.make_recipe("fsdp2", train__eval_every_steps=4, checkpoint__every_steps=4, logging__trackers=["tensorboard"])
+    recipe = make.make_recipe(
+        "fsdp2", train__eval_every_steps=4, checkpoint__every_steps=4, logging__trackers=["tensorboard"]
+    )
     run = make.make_run(tmp_path, recipe)
     assert make.run_attempt(run, 2) == [("finished", 6)] * 2
     steps, evaluations = read_metrics(run.metrics_file)
     assert [s["step"] for s in steps] == [1, 2, 3, 4, 5, 6]
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert set(steps[0]) == {
-        "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", "memory_gib", "data_wait_s", "time", "attempt",
+        "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", "memory_gib", "data_wait_s", "time",
+        "attempt",
     }  # fmt: skip
     assert [e["step"] for e in evaluations] == [4, 6]
     assert run.loss_png.read_bytes().startswith(b"\x89PNG")
@@ -163,7 +166,9 @@ def rank_with_poison(rank: int, world_size: int, path: str, attempt: int, step: 
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_loss_that_is_not_finite_on_one_rank_ends_all_one_step_late_and_says_what_to_do(tmp_path: Path, kind: str) -> None:
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_one_step_late_and_says_what_to_do(
+    tmp_path: Path, kind: str
+) -> None:
     from launcher.run.ledger import start_attempt
     from tests.ranks import run_ranks
 

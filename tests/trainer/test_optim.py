@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ def test_warm_up_rises_linearly_to_the_rate_and_the_schedule_never_exceeds_it(sc
 def test_a_falling_schedule_ends_at_its_floor_and_never_rises(schedule: str) -> None:
     values = rates(schedule=schedule, min_lr_ratio=0.1)
     assert values[-1] == pytest.approx(0.1)
-    assert all(a >= b - 1e-12 for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in pairwise(values))
 
 
 def test_cosine_is_halfway_in_the_middle() -> None:

@@ -1,4 +1,4 @@
-"""L1: however a global batch is split over ranks, micro-batches, engines and packing, loss and gradient are the same."""
+"""L1: however a global batch is split over ranks, micro-batches, engines and packing, loss and gradient stay."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ STEPS = 3  # following steps whose losses are compared
 CASES = list(itertools.product(("ddp", "fsdp2"), (1, 2), ("packed", "documents")))
 
 
-def measure(rank: int, world_size: int, store: str, kind: str, micro: int, layout: str) -> tuple[list[float], dict[str, Any]]:
+def measure(
+    rank: int, world_size: int, store: str, kind: str, micro: int, layout: str
+) -> tuple[list[float], dict[str, Any]]:
     """Losses of the first steps, and the whole gradient of the first."""
     recipe = make.make_recipe(kind, train__micro_batch_size=micro)
     engine, backend = make.make_engine(recipe, rank=rank)
@@ -83,7 +85,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_l1_every_split_of_a_global_batch_gives_the_same_loss_gradient_and_following_losses(world_size: int, store: str) -> None:
+def test_l1_every_split_of_a_global_batch_gives_the_same_loss_gradient_and_following_losses(
+    world_size: int, store: str
+) -> None:
     losses, gradient = reference(store)
     whole_norm = torch.sqrt(sum((g.double() ** 2).sum() for g in gradient.values()))
     for case, (got, grads) in zip(CASES, run_ranks(measure_all, world_size, store)[0], strict=True):

@@ -86,7 +86,8 @@ def choose_precision(requested: str, dtype: str, device: torch.device) -> Precis
     if dtype == "bf16":
         if requested in ("fp32", "fp16"):
             raise UserError(
-                f"train.precision = {requested}: expected auto or bf16 with model.dtype=bf16. Or use model.dtype=fp32, the master copy."
+                f"train.precision = {requested}: expected auto or bf16 with model.dtype=bf16. "
+                "Or use model.dtype=fp32, the master copy of mixed precision."
             )
         return Precision(torch.bfloat16, "weights are bf16 (model.dtype)")
     if requested == "auto":
@@ -98,7 +99,13 @@ def choose_precision(requested: str, dtype: str, device: torch.device) -> Precis
 
 
 def build(
-    recipe: Recipe, module: TrainedModel, *, device: torch.device, precision: Precision, weights: dict[str, Tensor] | None, fill: bool
+    recipe: Recipe,
+    module: TrainedModel,
+    *,
+    device: torch.device,
+    precision: Precision,
+    weights: dict[str, Tensor] | None,
+    fill: bool,
 ) -> Engine:
     """The engine of `strategy.kind` around a skeleton.
 

@@ -1,4 +1,4 @@
-"""What DDP and FSDP2 share: one forward and backward, the clipped and guarded step, live pieces of state, handing out weights."""
+"""What DDP and FSDP2 share: forward and backward, the clipped and guarded step, live pieces, handing out weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,14 @@ class TorchEngine:
     """
 
     def __init__(
-        self, recipe: Recipe, module: TrainedModel, forward_module: nn.Module, *, device: torch.device, compute: torch.dtype, autocast: bool
+        self,
+        recipe: Recipe,
+        module: TrainedModel,
+        forward_module: nn.Module,
+        *,
+        device: torch.device,
+        compute: torch.dtype,
+        autocast: bool,
     ) -> None:
         self.module, self.forward_module, self.device = module, forward_module, device
         self.compute, self.autocast = compute, autocast

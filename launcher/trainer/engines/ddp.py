@@ -27,7 +27,13 @@ class DdpEngine(TorchEngine):
 
 
 def build(
-    recipe: Recipe, module: TrainedModel, *, device: torch.device, precision: Precision, weights: dict[str, Tensor] | None, fill: bool
+    recipe: Recipe,
+    module: TrainedModel,
+    *,
+    device: torch.device,
+    precision: Precision,
+    weights: dict[str, Tensor] | None,
+    fill: bool,
 ) -> DdpEngine:
     """See `engines.build`."""
     materialise(module, device)

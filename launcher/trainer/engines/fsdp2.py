@@ -1,4 +1,4 @@
-"""FSDP2: weights, gradients and moments sharded by `fully_shard`, one unit a decoder block and one for the rest; HSDP with replicas."""
+"""FSDP2 and HSDP: model state sharded by `fully_shard`, one unit for each decoder block and one for the rest."""
 
 from __future__ import annotations
 
@@ -46,7 +46,13 @@ class Fsdp2Engine(TorchEngine):
 
 
 def build(
-    recipe: Recipe, module: TrainedModel, *, device: torch.device, precision: Precision, weights: dict[str, Tensor] | None, fill: bool
+    recipe: Recipe,
+    module: TrainedModel,
+    *,
+    device: torch.device,
+    precision: Precision,
+    weights: dict[str, Tensor] | None,
+    fill: bool,
 ) -> Fsdp2Engine:
     """See `engines.build`."""
     mesh = _mesh(recipe.strategy, device)
@@ -72,7 +78,7 @@ def build(
 
 
 def _mesh(strategy: Strategy, device: torch.device) -> DeviceMesh:
-    """The mesh of `strategy.replicate` x `strategy.shard` over all ranks; two axes (HSDP) only when there are replicas."""
+    """`strategy.replicate` x `strategy.shard` over all ranks; two axes (HSDP) only when there are replicas."""
     world = dist.get_world_size()
     shard = strategy.shard or world // (strategy.replicate or 1)
     replicate = strategy.replicate or world // shard

@@ -55,7 +55,9 @@ class Batch:
         """The same on a device; copies from pinned memory do not wait."""
         move = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         move = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in move.items()}
-        extra = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in self.attention.items()}
+        extra = {
+            k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in self.attention.items()
+        }
         return Batch(**{**move, "attention": extra})
 
     def pin(self) -> Batch:

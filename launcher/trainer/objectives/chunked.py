@@ -1,4 +1,4 @@
-"""The next-token loss from hidden states, a few tokens at a time, so that the logits of a micro-batch never all exist."""
+"""The next-token loss from hidden states, a few tokens at a time, so that a micro-batch's logits never all exist."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def chunk_tokens(vocab: int, device_type: str) -> int:
     return max(1, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab))
 
 
-def weighted_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, head: Head) -> Tensor:
+def weighted_nll(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, head: Head
+) -> Tensor:
     """Sum of weight x negative log likelihood.
 
     The gradients are computed in the forward pass, chunk by chunk, as fused linear cross entropy does

@@ -26,7 +26,7 @@ def check(micro: MicroBatch) -> None:
     starts = int(np.count_nonzero(np.asarray(micro.position_ids) == 0))
     if trained and trained < micro.tokens - starts:
         raise UserError(
-            f"objective.kind = pretrain: {micro.tokens - starts - trained} tokens of rows {list(micro.rows)} are masked. "
+            f"objective.kind = pretrain: {micro.tokens - starts - trained} tokens of rows {micro.rows} are masked. "
             "Use objective.kind=sft, or prepare plain text."
         )
 
