@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.errors import Problem, RecipeError
-from launcher.recipe.compose import DEFAULT, Composed, draft
+from launcher.recipe.compose import Composed, draft
 from launcher.recipe.paths import (
     DATA_ENDINGS,
     check_data_paths,
@@ -24,15 +24,17 @@ from launcher.recipe.schema import check_sections
 Rule = Callable[[Composed], Iterator[Problem]]
 
 
-def load(path: Path | str, overrides: Sequence[str] = ()) -> Composed:
+def load(path: Path | str, overrides: Sequence[str] = (), *, new: bool = True) -> Composed:
     """A recipe that may be planned and run: composed, checked, its run named, its paths absolute.
 
     path: a YAML file, or the bare name of a shipped recipe; overrides: `key=value` arguments
+    new: False for the recipe in a run directory: LAUNCHER_CLUSTER does not change it again, and its global batch need
+        not divide by the ranks there are now (missing slots become rows of weight 0)
     Raises:
         RecipeError: every problem of composition and every broken rule, each with key, value, fix and place.
     """
-    drafted = draft(path, overrides)
-    problems = [*drafted.problems, *check(drafted.composed, skip=drafted.broken)]
+    drafted = draft(path, overrides, resolved=not new)
+    problems = [*drafted.problems, *check(drafted.composed, skip=drafted.broken, new=new)]
     if problems:
         raise RecipeError(problems, shown(drafted.composed.path))
     recipe = drafted.composed.recipe
@@ -41,12 +43,12 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Composed:
     return drafted.composed
 
 
-def check(composed: Composed, *, skip: Collection[str] = ()) -> list[Problem]:
+def check(composed: Composed, *, skip: Collection[str] = (), new: bool = True) -> list[Problem]:
     """Every broken rule, inside a section and between sections; rules that read a section in `skip` are left out."""
     problems = [*check_sections(composed.recipe, skip=skip)]
     wrong = {*skip, *(problem.key.partition(".")[0] for problem in problems)}
     for sections, rule in RULES:
-        if not set(sections) & set(skip):
+        if not set(sections) & set(skip) and (new or rule is not _batch):
             problems += rule(composed)
     if not problems and not wrong:
         problems += _memory(composed)  # arithmetic on values that all make sense
@@ -132,26 +134,8 @@ def _checkpoints(composed: Composed) -> Iterator[Problem]:
 
 def _objective(composed: Composed) -> Iterator[Problem]:
     data = composed.recipe.data
-    if composed.recipe.objective.kind != "pretrain":
-        return
-    if data.train_on != "all" and composed.origins["data.train_on"] is not DEFAULT:
+    if composed.recipe.objective.kind == "pretrain" and data.train_on == "last_assistant":
         yield Problem("data.train_on", data.train_on, "all, because pretrain learns every token", "Remove the key.")
-    if data.chat_template is not None:
-        yield Problem(
-            "data.chat_template",
-            data.chat_template,
-            "null, because pretrain reads plain text",
-            "Use objective.kind=sft for chats.",
-        )
-    for key, sources in (("train", data.train), ("eval", data.eval)):
-        for i, source in enumerate(sources):
-            if source.format not in ("auto", "text"):
-                yield Problem(
-                    f"data.{key}.{i}.format",
-                    source.format,
-                    "text or auto with pretrain",
-                    "Use objective.kind=sft for records with turns.",
-                )
 
 
 def _sources(composed: Composed) -> Iterator[Problem]:

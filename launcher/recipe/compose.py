@@ -76,11 +76,12 @@ def compose(path: Path | str, overrides: Sequence[str] = ()) -> Composed:
     return drafted.composed
 
 
-def draft(path: Path | str, overrides: Sequence[str] = ()) -> Draft:
+def draft(path: Path | str, overrides: Sequence[str] = (), *, resolved: bool = False) -> Draft:
     """`compose` that hands its complaints back, so that others can be added to them.
 
+    resolved: the file is a run's own recipe, already composed: LAUNCHER_CLUSTER does not reach into it again.
     Raises:
-        RecipeError: there is no such file; nothing else can be said then.
+        RecipeError: there is no such file, or no YAML in it; nothing else can be said then.
     """
     file = recipe_file(str(path))
     if file is None:
@@ -88,9 +89,12 @@ def draft(path: Path | str, overrides: Sequence[str] = ()) -> Draft:
         raise RecipeError([Problem("recipe", str(path), expected, recipe_hint(str(path)))], str(path))
     problems: list[Problem] = []
     tree = node_of(to_dict(Recipe()), DEFAULT)
-    for level in _levels(file, overrides, problems):
+    cluster = "" if resolved else os.environ.get("LAUNCHER_CLUSTER", "")
+    for level in _levels(file, cluster, overrides, problems):
         tree = _lay(tree, level, problems)
-    _interpolate(tree, problems)
+    if unreadable := [problem for problem in problems if problem.key == "recipe"]:
+        raise RecipeError(unreadable, shown(file))  # all else would be said of keys that could not be read
+    _interpolate(tree, problems, everywhere=not resolved)
     typed = build(tree)
     order = {section: i for i, section in enumerate(SECTIONS)}
     problems = sorted([*problems, *typed.problems], key=lambda problem: order.get(problem.key.partition(".")[0], -1))
@@ -98,11 +102,11 @@ def draft(path: Path | str, overrides: Sequence[str] = ()) -> Draft:
     return Draft(Composed(typed.recipe, typed.origins, file), problems, broken)
 
 
-def _levels(file: Path, overrides: Sequence[str], problems: list[Problem]) -> Iterator[Node]:
+def _levels(file: Path, cluster: str, overrides: Sequence[str], problems: list[Problem]) -> Iterator[Node]:
     """The levels above the defaults, lowest first, presets already in place."""
     for path, tree in _chain(file, problems):
         yield _with_presets(tree, path.parent, problems)
-    if cluster := os.environ.get("LAUNCHER_CLUSTER"):
+    if cluster:
         origin = Origin(f"LAUNCHER_CLUSTER={cluster}")
         yield _with_presets(Node({"cluster": Node(cluster, origin)}, origin), file.parent, problems)
     arguments = read_arguments(overrides, problems, sections=SECTIONS)
@@ -206,9 +210,10 @@ def _drop_rivals(section: str, below: Node, given: dict[str, Node]) -> Node:
     return Node(values, below.origin)
 
 
-def _interpolate(tree: Node, problems: list[Problem]) -> None:
-    """Put the values of other keys in place of `${...}`, in place."""
-    wanting = [(path, node) for path, node in _texts(tree, ()) if "${" in node.value and path[:2] != SHELL_LINES]
+def _interpolate(tree: Node, problems: list[Problem], *, everywhere: bool) -> None:
+    """Put the values of other keys in place of `${...}`, in place; unless `everywhere`, in arguments only."""
+    texts = [(path, node) for path, node in _texts(tree, ()) if everywhere or node.origin.line is None]
+    wanting = [(path, node) for path, node in texts if "${" in node.value and path[:2] != SHELL_LINES]
     if not wanting:
         return
     from omegaconf import OmegaConf

@@ -22,6 +22,8 @@ _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 _FLOAT = re.compile(r"[-+]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _INF_NAN = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9]*)?")
+# an emoji as JSON escapes it: two halves that YAML does not know; not after a backslash that is itself escaped
+_SURROGATES = re.compile(r"(?<!\\)((?:\\\\)*)\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w/-]([\w/ -]*[\w/-])?)*")
 
 
@@ -41,7 +43,7 @@ def read_file(path: Path, problems: list[Problem], *, key: str = "") -> Node:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         problems.append(Problem(key or "recipe", name, f"a readable YAML file ({reason})"))
         return empty
-    node = _read(text, name, None, problems, key)
+    node = _read(_SURROGATES.sub(_join_surrogates, text), name, None, problems, key)
     if node.value is None:
         return empty
     if not isinstance(node.value, dict):
@@ -193,6 +195,10 @@ class _Converter:
             fix = f'Write {int(text.replace("_", ""))}, or "{text}" in quotes for text.'
             return self.complain(node, key, text, "a number without leading zeros", fix)
         return _plain_scalar(text)
+
+
+def _join_surrogates(match: re.Match[str]) -> str:
+    return match[1] + bytes.fromhex(match[2] + match[3]).decode("utf-16-be")
 
 
 def _plain_scalar(text: str) -> Any:

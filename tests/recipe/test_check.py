@@ -90,14 +90,9 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
     ),
     "no length": (["train.max_steps=null"], "train.max_steps", ["Give one of them."]),
     "pretrain with a part of the tokens": (
-        ["objective.kind=pretrain", "data.train_on=assistant"],
+        ["objective.kind=pretrain", "data.train_on=last_assistant"],
         "data.train_on",
         ["pretrain learns every token"],
-    ),
-    "pretrain with turns": (
-        ["objective.kind=pretrain", "data.train.0.format=sharegpt"],
-        "data.train.0.format",
-        ["text or auto"],
     ),
     "tags where there are none": (
         ["data.train.0.format=alpaca", "data.train.0.tags={role_tag: from}"],
@@ -286,6 +281,25 @@ def test_a_folder_above_the_model_says_where_the_model_is(here: Path):
     (here / "run" / "final" / "config.json").write_text("{}")
     (problem,) = problems(here, "model.name=./run")
     assert problem.fix.endswith("run/final?")
+
+
+def test_a_runs_own_recipe_need_not_divide_and_is_not_changed_by_the_environment(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The global batch stays what it is when a run goes on with another number of ranks (L5)."""
+    from launcher.recipe.read import dump
+    from launcher.recipe.schema import to_dict
+
+    stored = write(here, dump(to_dict(loaded(here, "objective.kind=pretrain").recipe)), name="runs/recipe/recipe.yaml")
+    assert load(stored).recipe == load(stored, new=False).recipe
+    with pytest.raises(RecipeError, match="a multiple of 3"):
+        load(stored, ["cluster.nproc_per_node=3"])
+    assert load(stored, ["cluster.nproc_per_node=3"], new=False).recipe.train.global_batch_size == 8
+    with pytest.raises(RecipeError, match="a divisor"):
+        load(stored, ["cluster.nproc_per_node=3", "strategy.shard=2"], new=False)
+    monkeypatch.setenv("LAUNCHER_CLUSTER", "cpu2")
+    assert load(stored).recipe.cluster.nproc_per_node == 2
+    assert load(stored, new=False).recipe.cluster.nproc_per_node == 1
 
 
 def test_a_huge_world_is_checked_at_once(here: Path):

@@ -64,6 +64,15 @@ def test_a_recipe_survives_plain_values_and_json(recipe: Recipe):
     assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
 
 
+def test_a_recipe_stored_as_json_is_read_back_whatever_its_letters(here: Path):
+    path = here / "stored.yaml"
+    recipe = Recipe()
+    recipe.run.tags = ["\U0001f916\xe9", "a\u2028b\x85", "\ufeff", "\\ud83e\\udd16", "\\", '"', "\t\n", "1e-5", "no"]
+    recipe.model.name, recipe.data.seq_len, recipe.train.global_batch_size = "a/b", 8, 8
+    path.write_text("# a comment\n" + json.dumps(to_dict(recipe), indent=2))
+    assert compose(path).recipe == recipe
+
+
 @given(values_of(Recipe))
 @settings(
     max_examples=60,

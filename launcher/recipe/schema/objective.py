@@ -10,7 +10,7 @@ from typing import Literal
 class Objective:
     """What is minimised.
 
-    kind: sft learns the tokens that `data.train_on` names; pretrain learns every token of plain text
+    kind: sft learns the tokens that `data.train_on` names; pretrain learns every token
     """
 
     kind: Literal["sft", "pretrain"] = "sft"
