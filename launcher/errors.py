@@ -62,11 +62,15 @@ def _within(source: str, problem: Problem) -> Problem:
 
 
 def show_value(value: Any) -> str:
-    """A value as YAML would show it: null, true, bare words."""
+    """A value as YAML would show it: null, true, bare words, [lists] and {mappings}."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{', '.join(show_value(item) for item in value)}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {show_value(item)}" for key, item in value.items()) + "}"
     return str(value)
 
 

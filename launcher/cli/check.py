@@ -56,4 +56,8 @@ def _report(recipe: str, overrides: list[str]) -> tuple[dict[str, Any], str]:
 
 def _jsonable(value: Any) -> Any:
     """JSON has no infinity and no not-a-number: they are shown as text."""
+    if isinstance(value, dict):
+        return {key: _jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(inner) for inner in value]
     return str(value) if isinstance(value, float) and value - value != 0 else value

@@ -187,7 +187,7 @@ class _Converter:
             return text
         if text.lower() in _YAML_1_1_BOOL:
             fix = f'Write true or false (for the word itself write it in quotes: "{text}").'
-            return self.complain(node, key, text, "true or false", fix)
+            return self.complain(node, key, text, "a value that is none of yes, no, on, off", fix)
         if _SEXAGESIMAL.fullmatch(text):
             fix = f'Write minutes as a whole number, as 720 for 12 hours (for text write it in quotes: "{text}").'
             return self.complain(node, key, text, "a plain number, because YAML reads this as base 60", fix)

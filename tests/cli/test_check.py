@@ -60,6 +60,12 @@ def test_check_json_has_its_documented_shape(here: Path, capsys: pytest.CaptureF
     ]
 
 
+def test_check_json_is_json_whatever_the_value(here: Path, capsys: pytest.CaptureFixture[str]):
+    write(here, GOOD + "strategy: [.inf, {a: .nan}]\n")
+    _, out, _ = launcher(capsys, "check", "--json", "recipe.yaml")
+    assert json.loads(out, parse_constant=pytest.fail)[0]["problems"][0]["value"] == ["inf", {"a": "nan"}]
+
+
 def test_check_of_no_recipe_says_so(capsys: pytest.CaptureFixture[str]):
     code, _, err = launcher(capsys, "check", "train.seed=1")
     assert code == 2

@@ -82,7 +82,9 @@ CASES = {
     ),
     "null where a value must be": arg("train.seed=null", "train.seed", "train.seed = null", "expected a whole number"),
     "null section": line("strategy:\n", "strategy", "the name of a preset, or a mapping with the keys kind"),
-    "list for a section": line("strategy: [ddp]\n", "strategy", "the name of a preset, or a mapping"),
+    "list for a section": line(
+        "strategy: [ddp, {a: null}]\n", "strategy", "= [ddp, {a: null}]: expected the name of a preset, or a mapping"
+    ),
     "word for a mapping": arg(
         "strategy.offload=cpu", "strategy.offload", "a mapping with the keys optimizer, params, nvme_path"
     ),

@@ -276,6 +276,13 @@ def test_a_tokenizer_may_be_one_tokenizer_file(here: Path):
     assert loaded(here, "model.tokenizer=tokenizer.json").recipe.model.tokenizer == str(here / "tokenizer.json")
 
 
+def test_a_tilde_is_the_home_folder(here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(here))
+    assert loaded(here, "data.train.0.path=~/chat.jsonl").recipe.data.train[0].path == str(here / "chat.jsonl")
+    (problem,) = problems(here, "data.train.0.path=~/chta.jsonl")
+    assert problem.fix == "Did you mean 'chat.jsonl'?"
+
+
 def test_a_folder_above_the_model_says_where_the_model_is(here: Path):
     (here / "run" / "final").mkdir(parents=True)
     (here / "run" / "final" / "config.json").write_text("{}")
