@@ -51,7 +51,7 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
 def _remark(summary: dict[str, Any]) -> str:
     owner = summary["owner"]
     if summary["status"] == "interrupted":
-        return f"its launcher is gone without a last word; `launcher resume {summary['run']}` goes on from the checkpoint"
+        return f"its launcher is gone without a last word; `launcher resume {summary['path']}` goes on"
     if summary["status"] == "unknown":
         return f"its launcher, pid {owner['pid']}, cannot be seen from here; ask on {owner['host']}"
     if owner and owner["alive"]:

@@ -14,7 +14,7 @@ from launcher.run.provenance import provenance
 
 RUN_DIRECTORY_VERSION = 1
 MARKER = "COMMITTED"  # a checkpoint folder holds it once all else in there is durable
-_RECIPE_HEADER = "# The resolved recipe of this run; JSON below the comments. Changed by `launcher resume RUN KEY=VALUE`.\n"
+_RECIPE_HEADER = "# The resolved recipe, JSON below this line; `launcher resume RUN KEY=VALUE` changes it.\n"
 
 
 @dataclass(frozen=True, slots=True)
