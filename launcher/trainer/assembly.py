@@ -54,11 +54,11 @@ def assemble(
             "optimizer": recipe.optimizer.kind,
         },
     )  # fmt: skip
-    state = manager.load_latest(engine) if resuming else None  # raises when there are checkpoints and none is sound
+    state = manager.load_latest(engine)  # None without checkpoints; raises when there are some and none is sound
     if state is not None:
         engine.load_trainer_state(state)
     step = int(state["step"]) if state else 0
-    prove_isolation(engine, backend=backend, vocab_size=data["vocab_size"])
+    prove_isolation(engine, backend=backend, vocab_size=data["vocab_size"], compiled=recipe.model.compile)
     if ranks.rank == 0:
         print(f"{'resumed at' if state else 'begins at'} step {step} of {data['total_steps']}", flush=True)
     return Training(

@@ -94,7 +94,7 @@ def _problem(backend: str, device: torch.device, dtype: torch.dtype, config: Any
     if device.type != "cuda":
         return "has no backward pass on the CPU" if backend == "flex" else "needs a GPU"
     if backend == "flex":
-        return "needs a row length that is a multiple of 128" if torch.__version__ < "2.6" else None
+        return None
     if not half:
         return f"needs half precision, not {str(dtype).removeprefix('torch.')}"
     if backend == "varlen":

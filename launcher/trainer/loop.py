@@ -82,6 +82,8 @@ def train(t: Training) -> Literal["finished", "stopped"]:
         if t.recipe.train.eval_every_steps and t.step % t.recipe.train.eval_every_steps == 0:
             run_evaluation(t)
         if (t.saver.due(t.step) or signals.save) and not stop:
+            stop = t.reports.read(pending).stop  # a checkpoint never holds a step whose figures are not written
+            pending = None
             t.saver.save(t.step)
         if t.saver.look() or time.monotonic() - t.state_written >= STATE_EVERY_S:
             write_state(t, "running")

@@ -15,6 +15,7 @@ MODULES: list[str] = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen3.modeling_qwen3",
     "launcher.trainer.main",
+    "launcher.trainer.assembly",
     "launcher.trainer.loop",
     "launcher.trainer.model",
     "launcher.trainer.engines.ddp",

@@ -36,6 +36,7 @@ class Saver:
         self._last = time.monotonic()
         self._retry_at: float | None = None
         self._retry_s = FIRST_RETRY_S
+        self._problem = "another rank could not write its part"
 
     def due(self, step: int) -> bool:
         """Whether the number of steps alone asks for one."""
@@ -75,27 +76,31 @@ class Saver:
         Raises:
             SaveError: on every rank, when it cannot be written in several tries.
         """
-        problem = ""
         for attempt in range(DURABLE_TRIES):
-            if self.saved_step != step:
+            if attempt:
+                time.sleep(2.0 ** (attempt - 1))
+            if attempt or not self._all(self.saved_step == step, device):
                 self.save(step)
             status = self._manager.wait()
-            failed = torch.tensor(float(status.state == "failed"), device=device)
-            dist.all_reduce(failed)
-            if not failed.item():
+            if status.state == "failed":
+                self._postpone(status.reason)
+            if self._all(status.state != "failed", device):
                 return
-            self.saved_step, problem = None, status.reason or problem
-            if self._rank == 0:
-                print(f"warning: {problem or 'another rank could not write'}; trying again", flush=True)
-            time.sleep(2.0**attempt)
-        raise SaveError(f"step {step}: no checkpoint could be written in {DURABLE_TRIES} tries: {problem}")
+        raise SaveError(f"step {step}: no checkpoint could be written in {DURABLE_TRIES} tries: {self._problem}")
+
+    @staticmethod
+    def _all(good: bool, device: torch.device) -> bool:
+        """Whether it holds on every rank; collective."""
+        bad = torch.tensor(float(not good), device=device)
+        dist.all_reduce(bad)
+        return not bad.item()
 
     def _postpone(self, reason: str | None) -> None:
-        self.saved_step = None
+        self.saved_step, self._problem = None, reason or self._problem
         self._retry_at = time.monotonic() + self._retry_s
         if self._rank == 0:
             print(
-                f"warning: no checkpoint was written: {reason}. Training goes on; next try in {self._retry_s:.0f} s.",
+                f"warning: no checkpoint was written: {self._problem}. Training goes on and it is tried again.",
                 flush=True,
             )
         self._retry_s = min(2 * self._retry_s, LONGEST_RETRY_S)
