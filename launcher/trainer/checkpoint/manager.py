@@ -113,15 +113,8 @@ class CheckpointManager:
         engine.ensure_state()
         manifest = self._manifest(step, engine, trainer_state)
         snapshot = take_snapshot(engine.pieces(), header_metadata(manifest, self.rank), self._buffer)
-        save = Save(
-            folder,
-            self.rank,
-            self.world_size,
-            snapshot,
-            manifest,
-            self.patience_s,
-            partial(ledger.fenced, self.run, self.attempt),
-        )
+        fence = partial(ledger.fenced, self.run, self.attempt)
+        save = Save(folder, self.rank, self.world_size, snapshot, manifest, self.patience_s, fence)
         self._in_flight = step
         self._thread = threading.Thread(target=self._work, args=(save, began, time.monotonic()), daemon=True)
         self._thread.start()

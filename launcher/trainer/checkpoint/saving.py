@@ -109,7 +109,7 @@ def _conclude(save: Save, reason: str | None) -> None:
             discard(save.folder)
         if isinstance(error, OSError):
             raise CheckpointError(f"rank 0: {Path(str(error.filename or MANIFEST)).name}: {error.strerror}") from error
-        raise
+        raise CheckpointError(str(error)) from error
 
 
 def _gather(save: Save) -> dict[int, Any]:

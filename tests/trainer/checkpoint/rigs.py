@@ -1,4 +1,4 @@
-"""What checkpoint tests share: a run with an attempt, a small engine without torch.distributed, saves of several ranks in threads."""
+"""What checkpoint tests share: a run with an attempt, an engine without process group, saves of several ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class OddShapes(nn.Module):
 
 
 class FlatEngine:
-    """One of `world_size` ranks that each hold an arbitrary cut of every parameter; rank and ranks are only numbers here."""
+    """One of `world_size` ranks that each hold a cut of every parameter; rank and ranks are only numbers here."""
 
     def __init__(self, module: nn.Module, *, rank: int = 0, world_size: int = 1) -> None:
         self.module, self.rank, self.world_size = module, rank, world_size
@@ -113,7 +113,7 @@ def saved(manager: CheckpointManager, step: int, engine: FlatEngine) -> Path:
 def save_with_ranks(
     run: RunDirectory, attempt: int, step: int, modules: list[nn.Module], *, patience_s: float = 60
 ) -> list[str]:
-    """One save by as many ranks as there are modules, each in a thread with its part; why it failed, by rank ("" = done)."""
+    """A save by as many ranks as there are modules, each in a thread; why it failed, by rank ("" = done)."""
     folder, world_size = run.checkpoint(step, attempt), len(modules)
     make_folder(folder)
     reasons = [""] * world_size

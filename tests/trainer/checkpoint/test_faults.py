@@ -1,4 +1,4 @@
-"""L7: whatever happens to the files of a checkpoint is found before a byte is used, and named; the one before it is taken."""
+"""L7: whatever happens to the files of a checkpoint is found before use, and named; the one before it is taken."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import pytest
 from launcher.run import ledger
 from launcher.trainer.checkpoint.format import CheckpointError, rank_file
 from launcher.trainer.checkpoint.reader import (
-    MANIFEST, MARKER, Reader, marker_text, read_manifest, read_table, verify_files,
+    MANIFEST,
+    MARKER,
+    Reader,
+    marker_text,
+    read_manifest,
+    read_table,
+    verify_files,
 )  # fmt: skip
 from tests.trainer.checkpoint import rigs
 
@@ -141,7 +147,7 @@ def test_L7_loading_names_the_bad_file_and_takes_the_checkpoint_before(tmp_path,
     assert engine.step == 10
     assert loader.loaded == "step-00000010-a1"
     assert len(loader.problems) == 1
-    assert f"step-00000020-a1" in loader.problems[0]
+    assert "step-00000020-a1" in loader.problems[0]
     assert name in loader.problems[0]
 
 

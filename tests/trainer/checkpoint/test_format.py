@@ -11,7 +11,13 @@ import torch
 from hypothesis import given, settings
 
 from launcher.trainer.checkpoint.format import (
-    CheckpointError, HostBuffer, Piece, rank_file, share_replicas, take_snapshot, write_file,
+    CheckpointError,
+    HostBuffer,
+    Piece,
+    rank_file,
+    share_replicas,
+    take_snapshot,
+    write_file,
 )  # fmt: skip
 from launcher.trainer.checkpoint.reader import Reader, read_manifest
 from tests.trainer.checkpoint import rigs

@@ -56,14 +56,14 @@ def test_the_last_good_checkpoint_outlives_newer_bad_ones(tmp_path):
 
 
 def test_nothing_is_deleted_while_none_is_known_to_be_good(tmp_path):
-    run, manager = save_steps(tmp_path, 1, 2)
+    run, _ = save_steps(tmp_path, 1, 2)
     names = {ref.path.name for ref in ledger.valid_checkpoints(run)}
     assert retention.retain(run, attempt=1, keep_last=1, keep_every_steps=None, bad=names) == []
     assert steps(run) == [1, 2]
 
 
 def test_a_new_attempt_removes_what_older_ones_left_unfinished_or_void(tmp_path):
-    run, manager = save_steps(tmp_path, 1)
+    run, _ = save_steps(tmp_path, 1)
     unfinished = run.checkpoint(2, 1)
     unfinished.mkdir()
     run, attempt = rigs.begin(tmp_path)
@@ -86,15 +86,16 @@ def test_a_stale_attempt_deletes_nothing(tmp_path):
 
 
 def test_L7_a_crash_in_retention_leaves_no_half_checkpoint_that_counts(tmp_path, monkeypatch):
-    run, manager = save_steps(tmp_path, 1, 2, 3, keep_last=3)
+    run, _ = save_steps(tmp_path, 1, 2, 3, keep_last=3)
 
     def crash(folder):
         (folder / "rank-00000.safetensors").unlink()
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", crash)
-        retention.retain(run, attempt=1, keep_last=1, keep_every_steps=None)
+        with pytest.raises(KeyboardInterrupt):
+            retention.retain(run, attempt=1, keep_last=1, keep_every_steps=None)
     half = run.checkpoint(1, 1)
     assert half.exists()
     assert not (half / MARKER).exists()
