@@ -56,7 +56,11 @@ def one_a_row(documents: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def _compiled() -> Callable[..., tuple[int, NDArray[np.int64]]]:
     import numba
 
-    compiled: Callable[..., tuple[int, NDArray[np.int64]]] = numba.njit(cache=True)(_best_fit)
+    compiled: Callable[..., tuple[int, NDArray[np.int64]]]
+    try:
+        compiled = numba.njit(cache=True)(_best_fit)
+    except RuntimeError:  # neither this folder nor the user's cache can be written: compile in every process, 2 s
+        compiled = numba.njit(_best_fit)
     return compiled
 
 

@@ -164,12 +164,14 @@ def _job(recipe: Recipe, source: Source, encoding: str) -> TokensJob:
 
 def _corpus(recipe: Recipe, role: str, jobs: tuple[TokensJob, ...], held: Held) -> _Corpus:
     data = recipe.data
-    split = (held.name, data.eval_fraction, recipe.train.seed) if held != Held.all else ()
-    weights = [job.listing.source.weight for job in jobs]
-    content = _hash(
-        VERSION, [job.key for job in jobs], weights, data.seq_len, data.packing, data.overlong, split
-    )  # fmt: skip
     names = [name for job in jobs for name in job.listing.names]
+    weights = [job.listing.source.weight for job in jobs]
+    split = (held.name, data.eval_fraction, recipe.train.seed) if held != Held.all else ()
+    chosen_by_name = split or any(weight % 1 for weight in weights)
+    content = _hash(
+        VERSION, [job.key for job in jobs], weights, data.seq_len, data.packing, data.overlong, split,
+        [Path(name).name for name in names] if chosen_by_name else [],
+    )  # fmt: skip
     return _Corpus(role, jobs, held, key=_hash(content, names), fingerprint=content)
 
 

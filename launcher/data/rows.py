@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from launcher.data.order import uniform_hash
@@ -98,11 +99,11 @@ def build_rows(
     losses = _Losses([name for source in names for name in source])
     documents = _gather(parts, names)
     if held != Held.all and documents.part.size:
-        out = _held_out(documents, seed=recipe.train.seed, fraction=data.eval_fraction)
+        out = _held_out(documents, losses.names, seed=recipe.train.seed, fraction=data.eval_fraction)
         documents = documents.take(out if held == Held.held else ~out)
     folders = [part for source in parts for part in source]
     documents = _fit(documents, folders, seq_len=data.seq_len, overlong=data.overlong, losses=losses)
-    repeats = _repeats(documents, np.array(weights if held != Held.held else [1.0] * len(weights)))
+    repeats = _repeats(documents, losses.names, np.array(weights if held != Held.held else [1.0] * len(weights)))
     instances = np.repeat(np.arange(documents.part.size), repeats)
     lengths = documents.length[instances]
     offsets, order = pack(lengths, data.seq_len) if data.packing == "best_fit" else one_a_row(instances.size)
@@ -129,21 +130,26 @@ def _gather(parts: list[list[Path]], names: list[list[str]]) -> _Documents:
     return _Documents(**{name: np.concatenate(arrays) for name, arrays in columns.items()})
 
 
-def _held_out(documents: _Documents, *, seed: int, fraction: float) -> NDArray[np.bool_]:
-    """Which documents are for evaluation: a matter of seed, source, file and record alone.
-
-    So more records change nothing for those already there. At least one is held out where there are two.
-    """
-    chance = uniform_hash(seed, documents.source, documents.file, documents.record)
+def _held_out(documents: _Documents, names: list[str], *, seed: int, fraction: float) -> NDArray[np.bool_]:
+    """Which documents are for evaluation; at least one where there are two."""
+    chance = _chance(documents, names, seed=seed)
     return (chance < fraction) | (chance == chance.min()) & (chance.size > 1)
 
 
-def _repeats(documents: _Documents, weights: NDArray[np.float64]) -> NDArray[np.int64]:
+def _repeats(documents: _Documents, names: list[str], weights: NDArray[np.float64]) -> NDArray[np.int64]:
     """How often each document is seen: the whole part of its source's weight, and once more for a fixed share."""
     weight = weights[documents.source]
     whole = np.floor(weight)
-    chance = uniform_hash(_REPEAT_SEED, documents.source, documents.file, documents.record)
-    return (whole + (chance < weight - whole)).astype(np.int64)
+    return (whole + (_chance(documents, names, seed=_REPEAT_SEED) < weight - whole)).astype(np.int64)
+
+
+def _chance(documents: _Documents, names: list[str], *, seed: int) -> NDArray[np.float64]:
+    """A number in [0, 1) for each document, from the name of its file and its record there alone.
+
+    So it stays what it is when records are appended, or files and sources are added.
+    """
+    files = np.array([xxhash.xxh3_64_intdigest(Path(name).name.encode()) >> 1 for name in names], dtype=np.int64)
+    return uniform_hash(seed, files[documents.file], documents.record)
 
 
 def _fit(

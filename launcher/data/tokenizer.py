@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from launcher.errors import UserError
 # files that decide what ids a text becomes
 _TOKENIZER_FILES = (
     "tokenizer*.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*", "tokenization_*.py",
+    "*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*", "*.py",
     "config.json",
 )  # fmt: skip
 _EOS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[EOS]", "[SEP]")
@@ -47,6 +48,11 @@ def locate(name: str, revision: str | None = None) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
+    return _fetch(name, revision)
+
+
+@cache
+def _fetch(name: str, revision: str | None) -> Path:
     import huggingface_hub
 
     try:

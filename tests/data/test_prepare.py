@@ -175,6 +175,16 @@ def test_held_out_records_are_apart_and_stay_so_when_records_are_added(make, tok
     assert few == {record for record in many if record < 40}
 
 
+def test_held_out_records_stay_when_a_file_is_added_before_theirs(make, tokenizer, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    write_jsonl(folder / "b.jsonl", pairs(40))
+    before = contents(prepare(make(folder, eval_fraction=0.25)), tokenizer, "eval")
+    write_jsonl(folder / "a.jsonl", [{"prompt": "Other: ", "completion": f"{i}."} for i in range(40)])
+    after = contents(prepare(make(folder, eval_fraction=0.25)), tokenizer, "eval")
+    assert before == [document for document in after if "Question" in document[1]] != after
+
+
 def test_a_tiny_set_still_holds_out_one_record(make):
     assert prepare(make(pairs(3), eval_fraction=0.01)).eval["documents"] == 1
 
