@@ -22,6 +22,7 @@ from launcher.run.files import append_line, read_lines, write_atomic
 
 LOCK_WAIT_S = 5.0
 _LOCK_PAUSE_S = 0.01
+_CLASS_OF: dict[str | None, str] = {None: "finished", "stopped": "preemption", "preempted": "preemption"}
 
 
 class StaleAttempt(Exception):
@@ -89,10 +90,11 @@ def end_attempt(run: RunDirectory, attempt: int, *, step: int | None, outcome_cl
     """Write down how an attempt ended; a late line of an older attempt is about that attempt alone.
 
     Args:
-        outcome_class: the class of its failure, `preemption` included; None or `finished` when it reached its last step
+        outcome_class: the class of its failure, None when it reached its last step; the words of outcomes and states
+            serve too: `finished`, and `stopped` or `preempted` for `preemption`
     """
     with ledger_lock(run):
-        outcome_class = outcome_class or "finished"
+        outcome_class = _CLASS_OF.get(outcome_class, outcome_class)
         line = {"kind": "end", "attempt": attempt, "step": step, "class": outcome_class, "time": time.time()}
         append_line(run.ledger_file, line)
 

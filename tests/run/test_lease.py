@@ -145,17 +145,34 @@ main()
             os.kill(child, signal.SIGKILL)
 
 
-def test_child_that_leaves_the_block_does_not_give_the_lease_back(tmp_path):
+def test_child_that_leaves_the_block_gives_nothing_back_and_writes_to_no_file_of_its_own(tmp_path):
     run = make_run(tmp_path)
     code = (
-        "from launcher.run.lease import hold_lease\nwith hold_lease(run):\n  child = os.fork()\n"
-        "  if child: os.waitpid(child, 0); say('held'); hear()\nif not child: os._exit(0)"
+        "from launcher.run.lease import hold_lease, _held\n"
+        "with hold_lease(run):\n  handle, = _held\n  child = os.fork()\n"
+        "  if child: say(os.waitpid(child, 0)[1]); hear()\n"
+        "  else: own = os.open(run.path / 'own', os.O_RDWR | os.O_CREAT); assert own == handle\n"
+        "if not child: os._exit(os.fstat(own).st_size != 0)"
     )
     with Script(run, code) as owner:
-        assert owner.heard() == "held"
+        assert owner.heard() == "0"
         with pytest.raises(LeaseHeld) as refused, hold_lease(run):
             pass
         assert not refused.value.owner.released
+
+
+def test_file_removed_between_opening_and_locking_is_not_the_lease(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    real = lease_module.fcntl.flock
+
+    def late(handle, how):
+        monkeypatch.setattr(lease_module.fcntl, "flock", real)
+        shutil.rmtree(run.path)
+        real(handle, how)
+
+    monkeypatch.setattr(lease_module.fcntl, "flock", late)
+    with hold_lease(run), pytest.raises(LeaseHeld), hold_lease(run):
+        pass
 
 
 def test_pid_that_belongs_to_a_later_process_is_a_dead_owner_l11(tmp_path):

@@ -8,8 +8,9 @@ import signal
 
 import pytest
 
+from launcher.run import ledger
 from launcher.run.directory import MARKER
-from launcher.run.files import append_line
+from launcher.run.files import append_line, write_atomic
 from launcher.run.ledger import (
     StaleAttempt,
     attempts,
@@ -211,3 +212,17 @@ def test_four_processes_that_append_at_once_lose_no_line(tmp_path):
     for script in scripts:
         script.__exit__()
     assert [a.number for a in attempts(run)] == list(range(1, 21))
+
+
+def test_lock_file_replaced_between_opening_and_locking_is_not_the_lock(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    real, path = ledger.fcntl.flock, run.control / "ledger.lock"
+
+    def late(handle, how):
+        monkeypatch.setattr(ledger.fcntl, "flock", real)
+        write_atomic(path, b"")
+        real(handle, how)
+
+    monkeypatch.setattr(ledger.fcntl, "flock", late)
+    with ledger_lock(run):
+        assert ledger._try_lock(path) is None

@@ -31,8 +31,11 @@ def test_state_before_any_word_comes_from_the_ledger(tmp_path):
 
 @pytest.mark.parametrize(
     ("outcome_class", "status"),
-    [(None, "finished"), ("preemption", "preempted"), ("hang", "failed"), ("later", "failed")],
-)
+    [
+        (None, "finished"), ("finished", "finished"), ("preemption", "preempted"), ("stopped", "preempted"),
+        ("hang", "failed"), ("later", "failed"),
+    ],
+)  # fmt: skip
 def test_end_line_tells_the_state_when_no_rank_did(tmp_path, outcome_class, status):
     run = make_run(tmp_path)
     end_attempt(run, start(run), step=6, outcome_class=outcome_class)
