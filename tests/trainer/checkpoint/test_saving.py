@@ -1,4 +1,4 @@
-"""How a save ends: committed when every rank succeeded, gone when one did not; full disks, silent peers, old attempts."""
+"""How a save ends: committed when every rank succeeded, gone when one did not; full disks, silent peers, fencing."""
 
 from __future__ import annotations
 

@@ -1,0 +1,76 @@
+"""A training of a few steps on real engines, as the loop does it but with every figure written down; used by tests of L4 and L5."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+
+from launcher.run import ledger
+from launcher.run.directory import RunDirectory
+from launcher.trainer.checkpoint.manager import CheckpointManager
+from launcher.trainer.model import hugging_face_name, persistent_buffers
+from tests.trainer import make
+
+
+def truth(engine: Any) -> dict[str, str]:
+    """Hash of every weight, moment and step, gathered whole by other means than checkpoints use; collective."""
+    engine.ensure_state()
+    found = {}
+    for name, p in engine.module.named_parameters():
+        state = engine.optimizer.state[p]
+        for kind, tensor in (("value", p), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
+            content = make.whole(tensor).contiguous().view(-1).view(torch.uint8).numpy()
+            found[f"{hugging_face_name(name)} {kind}"] = xxhash.xxh3_64_hexdigest(content)
+        found[f"{hugging_face_name(name)} step"] = str(float(state["step"]))
+    for name, buffer in persistent_buffers(engine.module):
+        found[f"{hugging_face_name(name)} value"] = str(buffer.tolist())
+    return found
+
+
+def train(
+    rank: int, world_size: int, path: Path, kind: str, to_step: int, *, save_every: int = 1, changes: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Load the newest checkpoint, train up to `to_step`, save on the way and at the end.
+
+    Returns:
+        start: step that was loaded, 0 without one
+        loaded, final: `truth` after loading and at the end
+        rows: row ids of each step's global batch; losses: of each step over all ranks, as hex
+        bytes: size of this rank's file in the last checkpoint
+    """
+    run = RunDirectory(path)
+    recipe = make.make_recipe(kind, **(changes or {}))
+    manager = CheckpointManager(
+        run, attempt=ledger.latest_attempt(run), rank=rank, world_size=world_size, meta={"run_id": "this-run"}
+    )
+    resuming = bool(ledger.valid_checkpoints(run))
+    engine, backend = make.make_engine(recipe, rank=rank, fill=not resuming)
+    state = manager.load_latest(engine)
+    if state is not None:
+        engine.load_trainer_state(state)
+    start = state["step"] if state else 0
+    loaded = truth(engine)
+    data = make.batches(path / "packed", recipe, rank=rank, world_size=world_size)
+    result: dict[str, Any] = {"start": start, "loaded": loaded, "rows": {}, "losses": {}, "problems": manager.problems}
+    if rank == 0:
+        (path / f"loaded-{os.getpid()}").touch()
+    for step in range(start, to_step):
+        batch = data.step(step)
+        loss = make.forward_backward(engine, batch, world_size=world_size, backend=backend)
+        dist.all_reduce(loss)
+        engine.clip_and_step(1e-3, 1.0)
+        result["rows"][step], result["losses"][step] = batch.rows.tolist(), float(loss).hex()
+        if rank == 0:
+            with open(path / "losses.jsonl", "a") as file:
+                file.write(json.dumps([step, batch.rows.tolist(), float(loss).hex()]) + "\n")
+        if (step + 1) % save_every == 0 or step + 1 == to_step:
+            manager.save(step + 1, engine, {"step": step + 1, **engine.trainer_state()})
+    status = manager.wait()
+    assert status.state in ("done", "idle"), status
+    return {**result, "final": truth(engine), "bytes": status.bytes}
