@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -107,12 +107,19 @@ class Lease:
 
 
 @contextmanager
-def hold_lease(run: RunDirectory, *, heartbeat_s: float = HEARTBEAT_S, watch_s: float = WATCH_S) -> Iterator[Lease]:
+def hold_lease(
+    run: RunDirectory,
+    *,
+    heartbeat_s: float = HEARTBEAT_S,
+    watch_s: float = WATCH_S,
+    waiting: Callable[[str], object] = lambda text: None,
+) -> Iterator[Lease]:
     """Be the one who drives the run; makes the directory if need be.
 
     Args:
         watch_s: how long the heartbeat of an owner on another host must stand still before the run is taken over; at
             least two of that owner's `heartbeat_s`
+        waiting: called with a line for the user before such a watch
     Raises:
         LeaseHeld: somebody else does.
     """
@@ -123,7 +130,7 @@ def hold_lease(run: RunDirectory, *, heartbeat_s: float = HEARTBEAT_S, watch_s: 
     try:
         before = _read(handle)
         if before is not None and not before.released:
-            _refuse_if_alive(run, handle, before, watch_s)
+            _refuse_if_alive(run, handle, before, watch_s, waiting)
         owner = _this_process()
         _sign(handle, owner)
         lease = Lease(handle, owner, before if before is not None and not before.released else None)
@@ -188,12 +195,15 @@ def _lock(run: RunDirectory, path: Path) -> int:
         run.control.mkdir(parents=True, exist_ok=True)
 
 
-def _refuse_if_alive(run: RunDirectory, handle: int, before: Owner, watch_s: float) -> None:
+def _refuse_if_alive(
+    run: RunDirectory, handle: int, before: Owner, watch_s: float, waiting: Callable[[str], object]
+) -> None:
     """The lock was free, but its last holder did not give it back: dead, unless the lock does not reach its host."""
     if _lives_here(before):
         raise _held_by(run, before)
     if _same_kernel(before):
         return
+    waiting(f"{run.path} was left by {before}: watching for {watch_s:.0f} s whether that owner still lives")
     deadline = time.monotonic() + watch_s
     while time.monotonic() < deadline:
         now = _read(handle)

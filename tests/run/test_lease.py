@@ -217,9 +217,11 @@ def test_owner_on_another_host_whose_heartbeat_stands_still_is_succeeded_l11(tmp
     now = [1000.0]
     monkeypatch.setattr(lease_module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    with hold_lease(run, watch_s=20) as lease:
+    told = []
+    with hold_lease(run, watch_s=20, waiting=told.append) as lease:
         assert lease.taken_from == owner
         assert 1020 <= now[0] < 1021
+        assert "left by host faraway, pid 1: watching for 20 s" in told[0]
 
 
 def test_lease_given_back_on_another_host_is_free_at_once(tmp_path):
