@@ -7,12 +7,13 @@ Restarts in place stay off: they wait a fixed 30 s; a new attempt costs a third 
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from launcher.jobs import rank, warm
 
@@ -39,6 +40,8 @@ class Agent:
         self, *, run: Path, attempt: int, run_id: str, ranks: int, node: Node, environment: Mapping[str, str], log: Path
     ) -> None:
         self._error: BaseException | None = None
+        self._first = len(RankProcess.started)
+        ForkServerContext.Process = RankProcess  # type: ignore[assignment]  # torch takes its processes from there
         server = warm.server_pid()
         assert server is not None, "warm.start() comes first"
         arguments = (str(run), attempt, server, dict(environment))
@@ -55,13 +58,22 @@ class Agent:
         self._thread.join(timeout_s)
 
     def failures(self) -> dict[int, str]:
-        """Rank to how it ended, of the ranks that failed first; empty when all ended well."""
+        """Rank to how it ended, of this node's ranks that failed and were not ended by us; empty when all ended well.
+
+        Raises:
+            Exception: the agent itself failed, as when other nodes did not come.
+        """
         assert self.done()
         if self._error is None:
             return {}
-        if found := getattr(self._error, "failures", None):
-            return {number: _ended(failure.exitcode) for number, failure in found.items()}
-        raise self._error
+        known = getattr(self._error, "failures", None)
+        if not known:
+            raise self._error
+        rank, failure = next(iter(known.items()))
+        ended = enumerate(RankProcess.started[self._first :], start=rank - failure.local_rank)
+        return {
+            rank: _ended(process.exitcode) for rank, process in ended if process.exitcode and not process.ended_by_us
+        }
 
     def _host(self, run_id: str, ranks: int, node: Node, arguments: tuple[Any, ...], log: Path) -> None:
         try:
@@ -73,9 +85,6 @@ class Agent:
     def _launch(self, run_id: str, ranks: int, node: Node, arguments: tuple[Any, ...]) -> None:
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        # torch ends the other ranks of a failed one by SIGTERM and waits 30 s (torch.multiprocessing.spawn, 2.13), but
-        # our ranks take SIGTERM as a request to stop at the next step, which without their peer never comes.
-        ForkServerProcess.terminate = ForkServerProcess.kill  # type: ignore[method-assign]
         config = LaunchConfig(
             min_nodes=node.nodes,
             max_nodes=node.nodes,
@@ -92,9 +101,26 @@ class Agent:
         elastic_launch(config, rank.train)(*arguments)
 
 
-def _ended(exit_code: int) -> str:
-    import signal
+class RankProcess(ForkServerProcess):
+    """A process of the fork server that is remembered with the way it ended.
 
+    torch ends the ranks beside a failed one by `terminate` and waits 30 s (torch.multiprocessing.spawn, 2.13). Ours
+    take SIGTERM as a request to stop at the next step, which without their peer never comes: here it kills.
+    """
+
+    started: ClassVar[list[RankProcess]] = []  # of this launcher, in the order of local ranks
+    ended_by_us = False
+
+    def start(self) -> None:
+        super().start()
+        self.started.append(self)
+
+    def terminate(self) -> None:
+        self.ended_by_us = True
+        self.kill()
+
+
+def _ended(exit_code: int) -> str:
     if exit_code >= 0:
         return f"exit code {exit_code}"
     try:

@@ -11,8 +11,8 @@ from launcher.run.control import Outcome, Verdict
 
 Status = Literal["finished", "preempted", "failed"]
 
-# what other ranks say when one of them has gone: never the cause while somebody names another
-_CONSEQUENCES = ("communication", "preemption", "unknown", None)
+# what ranks say when another has gone, the least telling last: never the cause while somebody names a better one
+_CONSEQUENCES = ("unknown", None, "preemption", "communication")
 _REQUEUE = ("communication", "node", "hang", "preemption")  # these may go well the next time
 
 
@@ -56,9 +56,12 @@ def judge(outcomes: Mapping[int, Outcome], died: Mapping[int, str], *, ranks: ra
     step = max((o.step for o in outcomes.values() if o.step is not None), default=None)
     silent = {rank: how for rank, how in died.items() if rank not in outcomes}
     failed = {rank: o for rank, o in outcomes.items() if o.kind == "failed"}
-    own = {rank: o for rank, o in failed.items() if o.failure_class not in _CONSEQUENCES}
-    if own or (failed and not silent):
-        rank, outcome = min((own or failed).items())
+    telling = {
+        rank: _CONSEQUENCES.index(c) if (c := o.failure_class) in _CONSEQUENCES else -1 for rank, o in failed.items()
+    }
+    if failed and (min(telling.values()) < 0 or not silent):
+        rank = min(failed, key=lambda rank: (telling[rank], rank))
+        outcome = failed[rank]
         return Ending(
             status="failed",
             failure_class=outcome.failure_class or "unknown",

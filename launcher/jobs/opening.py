@@ -32,12 +32,16 @@ def owned(run: RunDirectory) -> Iterator[None]:
     Raises:
         LeaseHeld: somebody else does; UserError: its directory cannot be written.
     """
+    parent = run.path.parent
+    made = not parent.exists()
     with ExitStack() as stack:
         try:
             stack.enter_context(hold_lease(run))
         except OSError as error:
             raise UserError(f"run.dir = {run.path.parent}: {run.path} cannot be written ({error.strerror}).") from None
         yield
+    if made and not any(parent.iterdir()):  # the run was discarded
+        parent.rmdir()
 
 
 def open_run(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say: Say) -> list[Change]:

@@ -21,7 +21,7 @@ def start() -> None:
     started a process as the death of the parent.
     """
     assert threading.current_thread() is threading.main_thread()
-    context().set_forkserver_preload(["launcher.jobs.server", "launcher.jobs.rank", *MODULES])
+    context().set_forkserver_preload(["launcher.jobs.server", "launcher.jobs.rank", "launcher.jobs.agent", *MODULES])
     os.environ[PARENT] = str(os.getpid())
     before = signal.signal(
         signal.SIGINT, signal.SIG_IGN

@@ -94,16 +94,14 @@ def losses(run: RunDirectory) -> dict[int, tuple[float, float]]:
 
 
 def ranks_of(parent: int) -> list[int]:
-    """Processes below `parent`, its children's children included, that are ranks of a run."""
-    return [pid for pid in descendants(parent) if b"RANK" in _word(pid)]
+    """Process ids of a launcher's ranks, by rank: what its fork server started."""
+    children = _children()
+    return sorted(rank for child in children.get(parent, []) for rank in children.get(child, []))
 
 
 def descendants(parent: int) -> list[int]:
     """Every living process below `parent`."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (found := _stat(int(entry.name))) is not None and found[0] not in "ZX":
-            children.setdefault(found[1], []).append(int(entry.name))
+    children = _children()
     below, new = [], [parent]
     while new:
         new = [child for pid in new for child in children.get(pid, [])]
@@ -125,8 +123,10 @@ def _stat(pid: int) -> tuple[str, int] | None:
     return fields[0], int(fields[1])
 
 
-def _word(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return b""
+def _children() -> dict[int, list[int]]:
+    """Living processes by their parent."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (found := _stat(int(entry.name))) is not None and found[0] not in "ZX":
+            children.setdefault(found[1], []).append(int(entry.name))
+    return children

@@ -38,6 +38,11 @@ def test_a_killed_rank_is_the_cause_though_its_peer_complains_of_the_network():
     assert "memory" in ending.message
 
 
+def test_an_error_without_a_class_is_the_cause_before_its_peers_lost_connections():
+    ending = judge({0: failed("communication"), 1: failed("unknown", message="a bug")}, {1: "exit code 1"}, ranks=TWO)
+    assert (ending.rank, ending.message, ending.verdict) == (1, "a bug", "stop")
+
+
 def test_l10_a_lost_connection_alone_is_requeued():
     ending = judge({0: failed("communication"), 1: failed("communication")}, {0: "exit code 1"}, ranks=TWO)
     assert (ending.failure_class, ending.verdict, ending.exit_code) == ("communication", "requeue", 1)
