@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
     from launcher.data.prepare import Prepared
 
 
@@ -71,8 +73,22 @@ def progress_shown() -> Iterator[Callable[[str, int, int], None]]:
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("looking at the data", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
+        yield _Bar(bar)
+
+
+class _Bar:
+    """One bar at a time, a new one for each kind of work."""
+
+    def __init__(self, progress: RichProgress) -> None:
+        self._progress = progress
+        self._what = "looking at the data"
+        self._task = progress.add_task(self._what, total=None)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self._progress.remove_task(self._task)
+            self._what, self._task = what, self._progress.add_task(what, total=None)
+        self._progress.update(self._task, completed=done, total=total or None)
 
 
 class _Lines:

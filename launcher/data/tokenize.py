@@ -149,12 +149,19 @@ class ShardContext:
     train_on: str
     objective: str
     _tokenizer: Any = field(default=None)
+    _vocab_size: int = field(default=0)
 
     def tokenizer(self) -> Any:
         """Loaded on first use, once a process."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.spec)
         return self._tokenizer
+
+    def vocab_size(self) -> int:
+        """Largest id + 1; counted once a process."""
+        if self._vocab_size == 0:
+            self._vocab_size = max(self.tokenizer().get_vocab().values()) + 1
+        return self._vocab_size
 
     def check(self) -> None:
         """Refuse a tokenizer that cannot serve the source's format, before any record is read."""
@@ -165,7 +172,7 @@ class ShardContext:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.spec, self.form, self.tables, self.names, self.train_on, self.objective = state
-        self._tokenizer = None
+        self._tokenizer, self._vocab_size = None, 0
 
 
 def tokenise_shard(context: ShardContext, shard: Shard) -> int:
@@ -194,7 +201,7 @@ def tokenise_shard(context: ShardContext, shard: Shard) -> int:
             largest = max(largest, int(ids.max()))
             documents.add(ids, weights, file=shard.file, record=begin + i)
     meta = {"documents": len(documents.tokens), "dropped": dropped, "first_dropped": first, "largest_id": largest}
-    write_part(shard.path, documents, vocab_size=max(tokenizer.get_vocab().values()) + 1, meta=meta)
+    write_part(shard.path, documents, vocab_size=context.vocab_size(), meta=meta)
     return len(documents.tokens)
 
 

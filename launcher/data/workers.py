@@ -20,6 +20,8 @@ from typing import Any, cast
 
 from launcher.errors import UserError
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 class WorkerDied(RuntimeError):
     """A worker ended without an answer, as when the kernel kills it for memory."""
@@ -130,6 +132,15 @@ def _attempt(function: Callable[[Any, Any], Any], context: Any, task: Any) -> tu
         return "error", traceback.format_exc()
 
 
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, also in the middle of a task; elsewhere it ends after it."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the caller decides
     _serve(Connection(int(sys.argv[1])))
