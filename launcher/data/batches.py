@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ from launcher.data.order import deal, global_batch_rows
 from launcher.data.store import Store
 
 _MULTIPLE = 8  # row lengths that tensor cores like
+_Unit = tuple[int, NDArray[np.int64]]  # row, and the documents of it that are laid
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +110,23 @@ class Batches:
             global_batch_size=self._global_batch_size,
             total_rows=self._total_rows,
         )
-        if self._layout == "packed":
-            units = [(int(row), store.row_documents(int(row))) for row in rows]
-            costs = store.row_cost[rows]
-            slots = self._slots(self._global_batch_size)
-        else:
-            units = [(int(row), np.array([d])) for row in rows for d in store.row_documents(int(row))]
-            costs = np.array([store.document_length(int(d[0])) ** 2 for _, d in units], dtype=np.int64)
-            slots = self._slots(len(units))
+        units, costs, slots = self._units(rows)
         mine = deal(costs, ranks=self._world_size, slots_per_rank=slots)[self._rank]
         micro = [
-            _lay(store, [units[i] if i >= 0 else None for i in chunk], pad_to=self._pad_to)
+            _lay(store, [units(i) if i >= 0 else None for i in chunk], pad_to=self._pad_to)
             for chunk in mine.reshape(-1, self._micro_batch_size).tolist()
         ]
         return StepBatch(micro, float(store.row_weight[rows].sum()), int(store.row_tokens[rows].sum()), rows)
+
+    def _units(self, rows: NDArray[np.int64]) -> tuple[Callable[[int], _Unit], NDArray[np.int64], int]:
+        """What is dealt to ranks: the i-th unit, read only when asked for; the cost of each; slots on each rank."""
+        store = self.store
+        if self._layout == "packed":
+            slots = self._slots(self._global_batch_size)
+            return lambda i: (int(rows[i]), store.row_documents(int(rows[i]))), store.row_cost[rows], slots
+        units = [(int(row), np.array([d])) for row in rows for d in store.row_documents(int(row))]
+        costs = np.array([store.document_length(int(d[0])) ** 2 for _, d in units], dtype=np.int64)
+        return units.__getitem__, costs, self._slots(len(units))
 
     def _slots(self, units: int) -> int:
         per_forward = self._world_size * self._micro_batch_size
@@ -140,7 +144,7 @@ def eval_batches(
         yield _lay(store, [(row, store.row_documents(row)) if row >= 0 else None for row in rows], pad_to=pad_to)
 
 
-def _lay(store: Store, slots: list[tuple[int, NDArray[np.int64]] | None], *, pad_to: int | None) -> MicroBatch:
+def _lay(store: Store, slots: list[_Unit | None], *, pad_to: int | None) -> MicroBatch:
     """Documents into arrays; a slot of None becomes a row of padding, weight 0."""
     loaded = [[store.document(int(d)) for d in slot[1]] if slot else [] for slot in slots]
     longest = max(sum(len(d.tokens) for d in documents) for documents in loaded)

@@ -15,7 +15,7 @@ from launcher.data.lock import build_lock
 from launcher.data.sources import Listing, load, records
 from launcher.data.store import VERSION, sync_folder
 from launcher.data.tokenize import Shard, ShardContext, tokenise_shard
-from launcher.data.tokenizer import TokenizerSpec, describe_tokenizer
+from launcher.data.tokenizer import TokenizerSpec, describe_tokenizer, missing_bytes
 from launcher.data.workers import map_unordered
 from launcher.errors import UserError
 
@@ -82,6 +82,9 @@ def _tokenise(job: TokensJob, folder: Path, progress: Progress, beat: Callable[[
     tokenizer = describe_tokenizer(job.spec, context.tokenizer())
     job.check_tokenizer(tokenizer)
     context.check()
+    said = f"{'recognised as' if form.recognised else 'read as'} {form.name}"
+    if missing := missing_bytes(context.tokenizer()):
+        said += f"; WARNING: the tokenizer has no token for {missing} of 256 bytes and drops them from texts"
     shards = _shards(tables, folder)
     total, done = len(shards), 0
     left = [shard for shard in shards if not shard.path.is_dir()]
@@ -94,7 +97,7 @@ def _tokenise(job: TokensJob, folder: Path, progress: Progress, beat: Callable[[
     return {
         "version": VERSION,
         "parts": [shard.path.name for shard in shards],
-        "said": f"{'recognised as' if form.recognised else 'read as'} {form.name}",
+        "said": said,
         "tokenizer": tokenizer,
         **_summed(json.loads((shard.path / "part.json").read_text()) for shard in shards),
     }

@@ -127,3 +127,15 @@ def describe_tokenizer(spec: TokenizerSpec, tokenizer: Any) -> dict[str, Any]:
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+def missing_bytes(tokenizer: Any) -> int:
+    """Bytes that a byte-level tokenizer has no token for; it drops them from texts without a word."""
+    from tokenizers import decoders, pre_tokenizers
+
+    if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
+        return 0
+    if tokenizer.unk_token is not None:
+        return 0
+    vocabulary = tokenizer.get_vocab()
+    return sum(byte not in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())

@@ -247,6 +247,16 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(make):
         prepare(make(pairs(3), vocab_size=256))
 
 
+def test_a_tokenizer_that_drops_characters_is_warned_of(make, tokenizer, tmp_path):
+    recipe = make(pairs(3))
+    assert "WARNING" not in prepare(recipe).train["formats"][0]
+    values = json.loads((tokenizer / "tokenizer.json").read_text())
+    values["model"]["vocab"].pop("\u0122")
+    (tmp_path / "poor.json").write_text(json.dumps(values))
+    recipe.model.tokenizer = str(tmp_path / "poor.json")
+    assert "no token for 1 of 256 bytes and drops them" in prepare(recipe).train["formats"][0]
+
+
 def test_a_cache_folder_that_cannot_be_written_is_refused(make, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data.cache_dir = .*file.*cannot be written"):
