@@ -52,7 +52,7 @@ def _build_inputs() -> Path:
     _title("build an instruction set and a tokenizer from this machine's standard library")
     pairs = standard_library_pairs()
     train, heldout = write_jsonl(pairs, _FOLDER / "data", num_held_out=_NUM_HELD_OUT)
-    num_tokens = train_tokenizer((text for pair in pairs for text in pair), _FOLDER / "tokenizer", vocab_size=2048)
+    num_tokens = train_tokenizer((text for pair in pairs for text in pair), _FOLDER / "tokenizer", vocab_size=1024)
     print(f"{len(pairs) - _NUM_HELD_OUT} pairs in {train}, {_NUM_HELD_OUT} held out in {heldout}; tokenizer of {num_tokens} tokens")
     recipe = _FOLDER / "recipe.yaml"
     shutil.copyfile(Path(__file__).with_name("recipe.yaml"), recipe)

@@ -67,6 +67,8 @@ def train(t: Training) -> Literal["finished", "stopped"]:
     pending: Pending | None = None
     stop = False
     write_state(t, "running")
+    if t.step == 0 and t.recipe.train.eval_every_steps:
+        run_evaluation(t)  # what is later compared with
     while t.step < t.total_steps and not stop:
         rows = t.rows.take(t.step)
         rekey(t.recipe.train.seed, t.step, t.ranks.rank)

@@ -22,7 +22,7 @@ class Train:
     seed: decides random weights, row order and dropout
     precision: type of the arithmetic; auto: bf16 where the device computes it natively, else fp32
     max_grad_norm: clip the gradient of the whole model to this norm; null: never
-    eval_every_steps: evaluate each so many steps and at the end; null: at the end only
+    eval_every_steps: evaluate before the first step, each so many steps and at the end; null: at the end only
     on_nonfinite: a loss or gradient that is not finite ends the run (stop) or drops that step's update (skip)
     """
 
