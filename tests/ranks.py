@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests, forked from a server that has imported torch and transformers once: a job costs a third of a second."""
+"""Real gloo ranks for tests, forked from a server that has imported torch once: a job costs a third of a second."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "tests.ranks"]
+_PRELOAD = [
+    "torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "tests.ranks", "tests.trainer.make",
+    "pytest", "launcher.trainer.engines.ddp", "launcher.trainer.engines.fsdp2", "launcher.trainer.checkpoint.manager",
+]  # fmt: skip
 
 
 def free_port() -> int:
@@ -69,7 +72,9 @@ def _receive(pipe: Connection, rank: int, timeout_s: float) -> tuple[bool, Any]:
         return False, f"rank {rank} died"
 
 
-def _rank(function: Callable[..., Any], rank: int, world_size: int, port: int, pipe: Connection, args: tuple[Any, ...]) -> None:
+def _rank(
+    function: Callable[..., Any], rank: int, world_size: int, port: int, pipe: Connection, args: tuple[Any, ...]
+) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",

@@ -87,11 +87,13 @@ def make_engine(recipe: Recipe, *, rank: int = 0, fill: bool = True, device: tor
     return engine, skeleton.backend
 
 
-def batches(path: Path, recipe: Recipe, *, rank: int, world_size: int, layout: Any = "packed") -> Batches:
+def batches(
+    path: Path, recipe: Recipe, *, rank: int, world_size: int, layout: Any = "packed", total_steps: int = 100
+) -> Batches:
     """The batches of one rank."""
     return Batches(
         Store.open(path), seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size,
-        micro_batch_size=recipe.train.micro_batch_size, world_size=world_size, rank=rank, total_steps=100,
+        micro_batch_size=recipe.train.micro_batch_size, world_size=world_size, rank=rank, total_steps=total_steps,
         layout=layout,
     )  # fmt: skip
 

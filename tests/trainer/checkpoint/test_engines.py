@@ -22,14 +22,10 @@ TIED = {"config": {**make.LLAMA, "tie_word_embeddings": True}}
 def leg(path: Path, kind: str, world_size: int, to_step: int, **changes: Any) -> dict[str, Any]:
     """A new attempt of the run; what rank 0 saw, after checking that all ranks saw the same."""
     rigs.begin(path)
-    results = ranks.run_ranks(_train, world_size, path, kind, to_step, changes)
+    results = ranks.run_ranks(training.train, world_size, path, kind, to_step, changes)
     for other in results[1:]:
         assert (other["loaded"], other["final"]) == (results[0]["loaded"], results[0]["final"])
     return {**results[0], "sizes": [result["bytes"] for result in results]}
-
-
-def _train(rank: int, world_size: int, path: Path, kind: str, to_step: int, changes: dict[str, Any]) -> dict[str, Any]:
-    return training.train(rank, world_size, path, kind, to_step, changes=changes)
 
 
 def travel(path: Path, legs: list[tuple[str, int, dict[str, Any]]], **common: Any) -> None:
@@ -74,7 +70,8 @@ def test_bf16_weights_and_moments_travel_bit_by_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "world_size", "changes"), [("ddp", 2, {}), ("fsdp2", 2, {}), ("fsdp2", 4, HSDP), ("fsdp2", 2, KEEP_GATHERED)]
+    ("kind", "world_size", "changes"),
+    [("ddp", 2, {}), ("fsdp2", 2, {}), ("fsdp2", 4, HSDP), ("fsdp2", 2, KEEP_GATHERED)],
 )
 def test_L4_a_resume_with_the_same_engine_and_ranks_is_bit_exact(tmp_path, kind, world_size, changes):
     for name in ("whole", "stopped"):

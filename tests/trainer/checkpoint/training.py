@@ -1,9 +1,8 @@
-"""A training of a few steps on real engines, as the loop does it but with every figure written down; used by tests of L4 and L5."""
+"""Some steps on real engines, as the loop takes them, with every figure written down: what tests of L4 and L5 run."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import xxhash
 
 from launcher.run import ledger
 from launcher.run.directory import RunDirectory
+from launcher.trainer import objectives
 from launcher.trainer.checkpoint.manager import CheckpointManager
 from launcher.trainer.model import hugging_face_name, persistent_buffers
 from tests.trainer import make
@@ -34,9 +34,9 @@ def truth(engine: Any) -> dict[str, str]:
 
 
 def train(
-    rank: int, world_size: int, path: Path, kind: str, to_step: int, *, save_every: int = 1, changes: dict[str, Any] | None = None
+    rank: int, world_size: int, path: Path, kind: str, to_step: int, changes: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Load the newest checkpoint, train up to `to_step`, save on the way and at the end.
+    """Load the newest checkpoint, train up to `to_step`, save after each step.
 
     Returns:
         start: step that was loaded, 0 without one
@@ -56,21 +56,21 @@ def train(
         engine.load_trainer_state(state)
     start = state["step"] if state else 0
     loaded = truth(engine)
-    data = make.batches(path / "packed", recipe, rank=rank, world_size=world_size)
+    data = make.batches(path / "packed", recipe, rank=rank, world_size=world_size, total_steps=to_step)
     result: dict[str, Any] = {"start": start, "loaded": loaded, "rows": {}, "losses": {}, "problems": manager.problems}
     if rank == 0:
-        (path / f"loaded-{os.getpid()}").touch()
+        (path / f"loaded-a{manager.attempt}").touch()
     for step in range(start, to_step):
         batch = data.step(step)
         loss = make.forward_backward(engine, batch, world_size=world_size, backend=backend)
         dist.all_reduce(loss)
         engine.clip_and_step(1e-3, 1.0)
+        engine.evaluate(objectives.to_batch(batch.micro[0], backend=backend))  # may leave gathered parameters behind
         result["rows"][step], result["losses"][step] = batch.rows.tolist(), float(loss).hex()
         if rank == 0:
             with open(path / "losses.jsonl", "a") as file:
                 file.write(json.dumps([step, batch.rows.tolist(), float(loss).hex()]) + "\n")
-        if (step + 1) % save_every == 0 or step + 1 == to_step:
-            manager.save(step + 1, engine, {"step": step + 1, **engine.trainer_state()})
+        manager.save(step + 1, engine, {"step": step + 1, **engine.trainer_state()})
     status = manager.wait()
     assert status.state in ("done", "idle"), status
     return {**result, "final": truth(engine), "bytes": status.bytes}
