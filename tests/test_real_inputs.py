@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.demo.tokenizer import CHATML
+from launcher.shipped import folder
 
 INPUTS = os.environ.get("LAUNCHER_TEST_INPUTS")
 pytestmark = [
@@ -41,7 +41,6 @@ def launcher(folder: Path, *arguments: str) -> str:
 def test_a_real_dataset_prepares_previews_and_trains_20_steps_on_2_ranks(name: str, tmp_path: Path):
     assert INPUTS is not None
     file, format, objective = CASES[name]
-    (tmp_path / "chatml.jinja").write_text(CHATML)
     recipe = {
         "model": {
             "config": {
@@ -53,7 +52,7 @@ def test_a_real_dataset_prepares_previews_and_trains_20_steps_on_2_ranks(name: s
         "objective": {"kind": objective},
         "data": {
             "train": [{"path": f"{INPUTS}/{file}"}], "seq_len": 512, "overlong": "truncate",
-            "chat_template": "chatml.jinja", "cache_dir": "cache",
+            "chat_template": str(folder("recipes") / "chat_templates" / "chatml.jinja"), "cache_dir": "cache",
         },
         "train": {"global_batch_size": 4, "max_steps": 20},
         "optimizer": {"lr": 1e-3},

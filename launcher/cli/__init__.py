@@ -1,4 +1,4 @@
-"""The `launcher` command: finds the verb, loads only its module, and turns a user's mistake into a message and exit code 2."""
+"""The `launcher` command: finds the verb, loads only its module, turns a user's mistake into a message and code 2."""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ def _build_inputs() -> Path:
     pairs = standard_library_pairs()
     train, heldout = write_jsonl(pairs, _FOLDER / "data", num_held_out=_NUM_HELD_OUT)
     num_tokens = train_tokenizer((text for pair in pairs for text in pair), _FOLDER / "tokenizer", vocab_size=1024)
-    print(f"{len(pairs) - _NUM_HELD_OUT} pairs in {train}, {_NUM_HELD_OUT} held out in {heldout}; tokenizer of {num_tokens} tokens")
+    print(f"{len(pairs) - _NUM_HELD_OUT} pairs in {train}, {_NUM_HELD_OUT} held out in {heldout}")
+    print(f"byte-level BPE tokenizer of {num_tokens} tokens in {_FOLDER / 'tokenizer'}")
     recipe = _FOLDER / "recipe.yaml"
     shutil.copyfile(Path(__file__).with_name("recipe.yaml"), recipe)
     return recipe
@@ -63,7 +64,8 @@ def _num_processes() -> int:
     """Two ranks; on a machine with a single GPU, one."""
     from launcher.jobs.devices import count_gpus
 
-    return 1 if count_gpus() == 1 else 2
+    num_gpus, _ = count_gpus()
+    return 1 if num_gpus == 1 else 2
 
 
 def _train(arguments: list[str], *, stop_at_half: Path | None = None) -> None:
@@ -73,7 +75,9 @@ def _train(arguments: list[str], *, stop_at_half: Path | None = None) -> None:
     code = process.wait()
     expected = EXIT_FINISHED if stop_at_half is None else EXIT_PREEMPTED
     if code != expected:
-        sys.exit(f"launcher {arguments[0]} ended with {code}, expected {expected}; its logs are below {_FOLDER / 'runs'}")
+        sys.exit(
+            f"launcher {arguments[0]} ended with {code}, expected {expected}; its logs are below {_FOLDER / 'runs'}"
+        )
     if stop_at_half is not None:
         print(f"launcher run ended with {code}: stopped, with a durable checkpoint")
 
@@ -141,7 +145,10 @@ def _summary(run: Path, *, minutes: float) -> float:
         ("loss at stop", f"{first[-1]['loss']:.3f}  (step {first[-1]['step']})"),
         ("loss at resume", f"{second[0]['loss']:.3f}  (step {second[0]['step']})"),
         ("loss at end", f"{second[-1]['loss']:.3f}  (step {second[-1]['step']})"),
-        ("evaluation loss", f"{evaluations[0]['eval_loss']:.3f} -> {evaluations[-1]['eval_loss']:.3f}  ({fall:.0%} lower)"),
+        (
+            "evaluation loss",
+            f"{evaluations[0]['eval_loss']:.3f} -> {evaluations[-1]['eval_loss']:.3f}  ({fall:.0%} lower)",
+        ),
         ("speed", f"{speed:,.0f} tokens/s (median)"),
         ("packing", f"{data['packing_efficiency']:.1%} of each row are real tokens"),
         ("model", run / "final"),

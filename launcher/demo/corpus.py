@@ -11,7 +11,16 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-_SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "turtledemo",
+}
 _SHORTEST, _LONGEST = 20, 320  # characters of an answer
 _SYSTEM = "You explain the Python standard library."
 
@@ -19,7 +28,7 @@ Pair = tuple[str, str]  # question, answer
 
 
 def standard_library_pairs() -> list[Pair]:
-    """Every documented public object of the standard library as (question, answer), without duplicates, in a fixed order.
+    """Every documented public object of the standard library as (question, answer), each once, in a fixed order.
 
     Sources are parsed, never imported, so nothing of them runs; the built-in functions and types come from `builtins`.
     """

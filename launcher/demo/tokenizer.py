@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+from launcher.shipped import folder as shipped
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int) -> int:
@@ -30,6 +27,6 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int) -> i
     )
     tokenizer.train_from_iterator(texts, trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    wrapped.chat_template = CHATML
+    wrapped.chat_template = (shipped("recipes") / "chat_templates" / "chatml.jinja").read_text()
     wrapped.save_pretrained(folder)
     return len(wrapped)
