@@ -21,6 +21,13 @@ IMPLEMENTATIONS = {
     "eager": "eager",
 }
 _OFFSETS = ("flash_attention_3", "flash_attention_2", "varlen")
+_SUPPORT = {
+    "flash_attention_3": "_supports_flash_attn",
+    "flash_attention_2": "_supports_flash_attn",
+    "varlen": "_supports_attention_backend",
+    "flex": "_supports_flex_attn",
+    "sdpa": "_supports_sdpa",
+}
 _ISOLATING_LAYERS = {"full_attention", "sliding_attention", "attention", "dense", "sparse"}
 
 
@@ -43,18 +50,21 @@ class Attention:
         return IMPLEMENTATIONS[self.backend]
 
 
-def choose(requested: str, device: torch.device, *, dtype: torch.dtype, config: Any = None) -> Attention:
+def choose(
+    requested: str, device: torch.device, *, dtype: torch.dtype, config: Any = None, model_class: Any = None
+) -> Attention:
     """The back end for this device.
 
     Args:
         requested: key `model.attention`
         dtype: type of the arithmetic; the flash kernels take only half precision
         config: architecture as transformers knows it; None: not looked at
+        model_class: transformers' class, which says what it supports; None: not looked at
     Raises:
         UserError: the requested one cannot run here or cannot keep documents apart; names those that can.
     """
     _refuse_leaking_layers(config)
-    problems = {backend: _problem(backend, device, dtype, config) for backend in IMPLEMENTATIONS}
+    problems = {b: _unsupported(b, model_class) or _problem(b, device, dtype, config) for b in IMPLEMENTATIONS}
     usable = [backend for backend, problem in problems.items() if problem is None]
     if requested != "auto":
         if problem := problems[requested]:
@@ -83,6 +93,13 @@ def forward_arguments(backend: str, *, cu_seqlens: torch.Tensor, max_seqlen: int
         "max_length_q": max_seqlen,
         "max_length_k": max_seqlen,
     }
+
+
+def _unsupported(backend: str, model_class: Any) -> str | None:
+    flag = _SUPPORT.get(backend)
+    if model_class is None or flag is None or getattr(model_class, flag, False):
+        return None
+    return f"{model_class.__name__} does not support it"
 
 
 def _problem(backend: str, device: torch.device, dtype: torch.dtype, config: Any) -> str | None:

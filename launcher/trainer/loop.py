@@ -67,7 +67,7 @@ def train(t: Training) -> Literal["finished", "stopped"]:
     pending: Pending | None = None
     stop = False
     write_state(t, "running")
-    if t.step == 0 and t.recipe.train.eval_every_steps:
+    if t.step == 0 and is_evaluation_due(t):
         run_evaluation(t)  # what is later compared with
     while t.step < t.total_steps and not stop:
         rows = t.rows.take(t.step)
@@ -81,11 +81,12 @@ def train(t: Training) -> Literal["finished", "stopped"]:
         signals = t.reports.read(pending)
         pending, stop = report, signals.stop
         t.step += 1
-        if t.recipe.train.eval_every_steps and t.step % t.recipe.train.eval_every_steps == 0:
+        evaluation_due, save_due = is_evaluation_due(t), (t.saver.due(t.step) or signals.save) and not stop
+        if evaluation_due or save_due:  # both wait for the device, and no checkpoint holds a step that is not written
+            stop, pending = t.reports.read(pending).stop or stop, None
+        if evaluation_due:
             run_evaluation(t)
-        if (t.saver.due(t.step) or signals.save) and not stop:
-            stop = t.reports.read(pending).stop  # a checkpoint never holds a step whose figures are not written
-            pending = None
+        if save_due:
             t.saver.save(t.step)
         if t.saver.look() or time.monotonic() - t.state_written >= STATE_EVERY_S:
             write_state(t, "running")
@@ -113,6 +114,12 @@ def accumulate(t: Training, rows: StepRows) -> Tensor:
     return total / rows.weight
 
 
+def is_evaluation_due(t: Training) -> bool:
+    """Whether the number of steps asks for one."""
+    every = t.recipe.train.eval_every_steps
+    return every is not None and t.step % every == 0
+
+
 def run_evaluation(t: Training) -> None:
     """Evaluate where there are evaluation rows; collective."""
     if t.eval_store is None:
@@ -129,8 +136,7 @@ def run_evaluation(t: Training) -> None:
 
 def finish(t: Training) -> None:
     """The last evaluation, the picture of the loss, the state."""
-    every = t.recipe.train.eval_every_steps
-    if not every or t.step % every:
+    if not is_evaluation_due(t):
         run_evaluation(t)
     if t.reports.figures is not None:
         t.reports.figures.metrics.sync()

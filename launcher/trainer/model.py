@@ -123,7 +123,9 @@ def build_for(model: Model, *, device: torch.device, compute: torch.dtype, objec
         compute: type of the arithmetic
     """
     config = load_config(model)
-    chosen = attention.choose(model.attention, device, dtype=compute, config=config.get_text_config())
+    chosen = attention.choose(
+        model.attention, device, dtype=compute, config=config.get_text_config(), model_class=_model_class(config)
+    )
     use = kernels.choose(model.liger, device, config.model_type)
     return build_skeleton(model, config, chosen=chosen, use=use, objective=objectives.get(objective_kind))
 
@@ -296,6 +298,13 @@ def _logit_scale(config: Any) -> float:
         return 1.0 / float(scaling)
     scale = getattr(config, "logit_scale", None)  # Cohere multiplies
     return 1.0 if scale is None else float(scale)
+
+
+def _model_class(config: Any) -> Any:
+    """The class transformers builds for this architecture, None for one that brings its own code."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
 def _from_config(model: Model, config: Any, implementation: str) -> Any:

@@ -25,13 +25,14 @@ def warmup_steps(optimizer: Optimizer, total_steps: int) -> int:
 def learning_rate(optimizer: Optimizer, step: int, total_steps: int) -> float:
     """The rate of the update that follows `step` finished ones (0 for the first).
 
-    The first warm-up step is not wasted: it has lr / warmup. The last step of cosine and linear ends at min_lr_ratio.
+    No update is wasted on a rate of 0: the first of the warm-up has lr / warmup, and min_lr_ratio is what the update
+    after the last would have.
     """
     warmup = warmup_steps(optimizer, total_steps)
     if step < warmup:
         return optimizer.lr * (step + 1) / warmup
     floor = optimizer.min_lr_ratio
-    done = min(1.0, (step - warmup + 1) / max(1, total_steps - warmup))
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     if optimizer.schedule == "constant":
         share = 1.0
     elif optimizer.schedule == "linear":
@@ -40,7 +41,7 @@ def learning_rate(optimizer: Optimizer, step: int, total_steps: int) -> float:
         share = floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
     else:
         decay = max(1, round(WSD_DECAY_SHARE * total_steps))
-        share = floor + (1.0 - floor) * min(1.0, max(0, total_steps - step - 1) / decay)
+        share = floor + (1.0 - floor) * min(1.0, max(0, total_steps - step) / decay)
     return optimizer.lr * share
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -25,20 +25,55 @@ class Signals:
     save: bool = False
 
 
+class HostCopy:
+    """Numbers on their way from a reduction to the host, without holding up what the device does next.
+
+    On a GPU a stream of its own waits for the reduction and copies: reading on the main stream would wait for the step
+    that has been queued since.
+
+    Args:
+        vector: [n] float64 on the device, being reduced by `work`
+        own: [m], further numbers of this rank
+    """
+
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+
+    def __init__(self, vector: Tensor, own: Tensor, work: Any) -> None:
+        self._parts, self._work = (vector, own), work  # kept alive until they are read
+        self._event: torch.cuda.Event | None = None
+        if vector.device.type != "cuda":
+            return
+        if vector.device not in self._streams:
+            self._streams[vector.device] = torch.cuda.Stream(vector.device)
+        stream = self._streams[vector.device]
+        stream.wait_stream(torch.cuda.current_stream(vector.device))
+        with torch.cuda.stream(stream):
+            work.wait()  # the stream waits, not the host
+            both = torch.cat([vector, own.to(vector.device, torch.float64)])
+            self._host = torch.empty(both.shape, dtype=torch.float64, pin_memory=True)
+            self._host.copy_(both, non_blocking=True)
+            self._event = stream.record_event()
+
+    def read(self) -> list[float]:
+        """The reduced numbers, then this rank's own."""
+        if self._event is not None:
+            self._event.synchronize()
+            return self._host.tolist()  # type: ignore[no-any-return]
+        self._work.wait()
+        return torch.cat([part.double() for part in self._parts]).tolist()  # type: ignore[no-any-return]
+
+
 @dataclass(slots=True)
 class Pending:
     """A reduction under way and what belongs to it.
 
     step: updates finished after the step it reports
-    vector: [4] float64 on the device: loss, not finite, stop, save; summed over ranks when `work` is done
-    norm: 0-d, on the device, the same on every rank
+    numbers: loss, not finite, stop, save, each summed over the ranks; norm of the gradient, the same on every rank
     at: seconds of training time when the step had been sent to the device; evaluations do not count
     """
 
     step: int
-    vector: Tensor
-    work: Any
-    norm: Tensor
+    numbers: HostCopy
     lr: float
     rows: StepRows
     at: float
@@ -65,17 +100,18 @@ class Figures:
     _wait_s: float = 0.0
     _since: float = field(default_factory=time.perf_counter)
 
-    def step(self, report: Pending, loss: float) -> None:
+    def step(self, report: Pending, loss: float, norm: float) -> None:
         """Count a finished step; write it if it is due."""
         self._tokens += report.rows.tokens
-        self._flops += flops_per_step(self.module, tokens=report.rows.tokens, cost=report.rows.cost)
+        peak = peak_flops(self.device)
+        if peak:
+            self._flops += flops_per_step(self.module, tokens=report.rows.tokens, cost=report.rows.cost)
         self._wait_s += report.rows.wait_s
         if report.step % self.every and report.step != self.total_steps:
             return
         elapsed = max(report.at - self._since, 1e-9)
-        peak = peak_flops(self.device)
         self.write({
-            "step": report.step, "loss": loss, "lr": report.lr, "grad_norm": float(report.norm),
+            "step": report.step, "loss": loss, "lr": report.lr, "grad_norm": norm,
             "tokens": report.rows.tokens, "tokens_per_s": self._tokens / elapsed,
             "mfu": self._flops / elapsed / (peak * self.world_size) if peak else None,
             "memory_gib": memory_gib(self.device), "data_wait_s": self._wait_s,
@@ -133,8 +169,8 @@ class Reports:
         """
         flags = torch.tensor([float(stop), float(save)], dtype=torch.float64).to(self._device, non_blocking=True)
         vector = torch.cat([torch.stack([loss, nonfinite]), flags])
-        work = dist.all_reduce(vector, async_op=True)
-        return Pending(rows.step + 1, vector, work, norm, lr, rows, time.perf_counter() - self._paused_s)
+        numbers = HostCopy(vector, norm.view(1), dist.all_reduce(vector, async_op=True))
+        return Pending(rows.step + 1, numbers, lr, rows, time.perf_counter() - self._paused_s)
 
     def read(self, report: Pending | None) -> Signals:
         """Take the figures of a step whose successor is under way already.
@@ -144,12 +180,11 @@ class Reports:
         """
         if report is None:
             return Signals()
-        report.work.wait()
-        loss, nonfinite, stop, save = report.vector.tolist()
+        loss, nonfinite, stop, save, norm = report.numbers.read()
         if nonfinite:
             self._not_finite(report.step, loss)
         if self.figures is not None:
-            self.figures.step(report, loss)
+            self.figures.step(report, loss, norm)
         return Signals(stop > 0, save > 0)
 
     def _not_finite(self, step: int, loss: float) -> None:

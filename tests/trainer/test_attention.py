@@ -127,6 +127,13 @@ def test_auto_passes_sdpa_over_where_scores_are_capped() -> None:
     assert attention.choose("auto", CPU, dtype=torch.float32, config=config).backend == "eager"
 
 
+def test_a_back_end_that_the_model_does_not_support_is_passed_over() -> None:
+    old = type("OldForCausalLM", (), {"_supports_sdpa": False})
+    chosen = attention.choose("auto", CPU, dtype=torch.float32, model_class=old)
+    assert chosen.backend == "eager"
+    assert "sdpa: OldForCausalLM does not support it" in chosen.reason
+
+
 def test_recurrent_layers_are_refused_because_no_back_end_isolates_them() -> None:
     config = SimpleNamespace(layer_types=["full_attention", "linear_attention"])
     with pytest.raises(UserError, match="linear_attention carry state"):

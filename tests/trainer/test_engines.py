@@ -215,3 +215,17 @@ def test_random_streams_differ_between_seeds_steps_and_ranks_and_repeat_for_the_
     assert torch.equal(torch.rand(3), first)
     rekey(1, 3, 3)
     assert not torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses_and_the_isolation_proof_runs_them_uncompiled(store: str) -> None:
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("ddp", {}),
+        ("ddp", {"model__compile": True}),
+        ("fsdp2", {"model__compile": True}),
+        ("fsdp2", {"model__compile": True, "model__gradient_checkpointing": "full"}),
+    ]
+    expected, *others = run_ranks(losses_of_all, 1, store, cases, timeout_s=540)[0]
+    for (kind, changes), got in zip(cases[1:], others, strict=True):
+        assert got == pytest.approx(expected, rel=1e-5), (kind, changes)

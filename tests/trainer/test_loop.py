@@ -34,7 +34,7 @@ def test_a_run_trains_to_its_end_and_leaves_metrics_evaluation_picture_state_and
         "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", "memory_gib", "data_wait_s", "time",
         "attempt",
     }  # fmt: skip
-    assert [e["step"] for e in evaluations] == [4, 6]
+    assert [e["step"] for e in evaluations] == [0, 4, 6]
     assert run.loss_png.read_bytes().startswith(b"\x89PNG")
     assert read_state(run).status == "finished"
     assert [c.step for c in valid_checkpoints(run)] == [4, 6]
@@ -48,20 +48,6 @@ def test_a_finished_run_started_again_ends_at_once(tmp_path: Path) -> None:
     assert make.run_attempt(run, 1) == [("finished", 6)]
     assert run.metrics_file.read_text() == before
     assert read_state(run).status == "finished"
-
-
-def stop_at(step: int) -> Any:
-    """A figure's hook: the moment rank 0 has logged this step, somebody asks the run to stop."""
-    from launcher.trainer.reports import Figures
-
-    original = Figures.step
-
-    def hooked(self: Any, report: Any, loss: float) -> None:
-        original(self, report, loss)
-        if report.step == step:
-            hooked.ask()  # type: ignore[attr-defined]
-
-    return Figures, original, hooked
 
 
 def rank_that_is_stopped(rank: int, world_size: int, path: str, attempt: int, step: int, how: str) -> None:
@@ -195,3 +181,47 @@ def test_skip_drops_the_update_on_every_rank_and_goes_on(tmp_path: Path, kind: s
     (newest,) = valid_checkpoints(run)[-1:]
     manifest = json.loads((newest.path / "manifest.json").read_text())
     assert manifest["trainer_state"]["optimizer_step"] == 5
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_does_not_end_the_run(tmp_path: Path, capfd: Any) -> None:
+    run = make.make_run(tmp_path, make.make_recipe("fsdp2", checkpoint__every_steps=3), evaluation=False)
+    run.checkpoint(3, 1).write_text("a file where the folder of this checkpoint should be")
+    assert make.run_attempt(run, 2) == [("finished", 6)] * 2
+    assert [c.step for c in valid_checkpoints(run)] == [6]
+    assert "warning: no checkpoint was written: " in capfd.readouterr().out
+
+
+def rank_overtaken(rank: int, world_size: int, path: str, attempt: int) -> str | None:
+    """Run a rank; in the third step a newer attempt starts."""
+    from launcher.run.directory import RunDirectory
+    from launcher.run.ledger import start_attempt
+    from launcher.trainer import loop
+    from launcher.trainer.main import run_rank
+
+    original = loop.accumulate
+
+    def hooked(t: Any, rows: Any) -> Any:
+        if t.step == 2:
+            start_attempt(RunDirectory(path), target="test", job_id=None, nodes=["elsewhere"], reason="test")
+        return original(t, rows)
+
+    loop.accumulate, loop.STATE_EVERY_S = hooked, 0.0  # type: ignore[assignment]
+    try:
+        run_rank(path, attempt)
+    except Exception as error:
+        return type(error).__name__
+    finally:
+        loop.accumulate, loop.STATE_EVERY_S = original, 3.0
+    return None
+
+
+def test_l11_an_attempt_that_a_newer_one_has_overtaken_stops_writing(tmp_path: Path) -> None:
+    from launcher.run.ledger import start_attempt
+    from tests.ranks import run_ranks
+
+    run = make.make_run(tmp_path, make.make_recipe("ddp"), evaluation=False)
+    attempt = start_attempt(run, target="test", job_id=None, nodes=["here"], reason="test")
+    assert run_ranks(rank_overtaken, 1, str(run.path), attempt) == ["StaleAttempt"]
+    outcome = read_outcomes(run, attempt)[0]
+    assert (outcome.kind, outcome.failure_class, outcome.step) == ("failed", "node", 3)
+    assert valid_checkpoints(run) == []
