@@ -1,4 +1,4 @@
-"""`make demo`: build the data, train, stop as a preemption would, resume, export, and show what was learnt. All of it below ./demo."""
+"""`make demo`: build data, train, stop as a preemption would, resume, export, show what was learnt; all in ./demo."""
 
 from __future__ import annotations
 

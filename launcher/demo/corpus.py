@@ -1,4 +1,4 @@
-"""Which questions and answers the demo learns: named objects of this machine's standard library and their own documentation."""
+"""Which questions and answers the demo learns: objects of this machine's standard library and their documentation."""
 
 from __future__ import annotations
 
