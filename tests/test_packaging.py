@@ -43,7 +43,18 @@ def test_the_base_install_has_no_training_library():
 
 @pytest.mark.slow
 def test_the_wheel_carries_recipes_configs_and_slurm(tmp_path: Path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
     subprocess.run(command, cwd=ROOT, check=True)
     (wheel,) = tmp_path.glob("train_launcher-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())

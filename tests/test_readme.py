@@ -44,7 +44,11 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
     _build_inputs()
     for arguments in commands():
         result = subprocess.run(
-            [sys.executable, "-m", "launcher", *arguments], cwd=tmp_path / "demo", capture_output=True, text=True, timeout=300
+            [sys.executable, "-m", "launcher", *arguments],
+            cwd=tmp_path / "demo",
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert result.returncode == 0, f"{arguments}: {result.stdout[-3000:]}{result.stderr[-3000:]}"
         assert result.stdout.strip(), f"{arguments} printed nothing"
