@@ -69,6 +69,35 @@ def test_a_committed_folder_holds_shards_manifest_and_marker_and_nothing_else(tm
     assert run.checkpoint(7, attempt).name == "step-00000007-a1"
 
 
+def test_L7_all_else_is_durable_before_the_marker_appears(tmp_path, monkeypatch):
+    """What a power cut could take away: each name and each content is fsynced, and the marker after all of them."""
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        events.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        events.append(("appears", Path(target).name))
+        replace(source, target)
+
+    run, attempt = rigs.begin(tmp_path)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    assert rigs.save_with_ranks(run, attempt, 7, [rigs.OddShapes()] * 2) == ["", ""]
+    folder, marker = run.checkpoint(7, attempt).name, events.index(("appears", MARKER))
+    manifest = events.index(("appears", MANIFEST))
+    for rank in range(2):
+        assert events.index(("fsync", rank_file(rank))) < manifest
+    assert events[manifest - 1][0] == "fsync"
+    assert events[manifest - 1][1].startswith(f".{MANIFEST}")
+    assert ("fsync", folder) in events[manifest:marker]
+    assert ("fsync", run.checkpoints.name) in events[manifest:marker]
+    assert events[marker - 1][1].startswith(f".{MARKER}")
+    assert ("fsync", folder) in events[marker:]
+
+
 def test_L7_marker_is_absent_and_the_folder_gone_when_one_rank_fails_to_write(tmp_path, monkeypatch):
     write_file = saving.write_file
 
