@@ -93,6 +93,19 @@ def losses(run: RunDirectory) -> dict[int, tuple[float, float]]:
     return found
 
 
+def tensors_of(checkpoint: Path) -> list[tuple[str, bytes]]:
+    """Names and bytes of a checkpoint's weights, moments and step, without the free metadata (it names the attempt)."""
+    found = []
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        content = file.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        header.pop("__metadata__", None)
+        found.append((json.dumps(header, sort_keys=True), content[8 + size :]))
+    assert found
+    return found
+
+
 def ranks_of(parent: int) -> list[int]:
     """Process ids of a launcher's ranks, by rank: what its fork server started."""
     children = _children()
