@@ -183,12 +183,41 @@ def test_skip_drops_the_update_on_every_rank_and_goes_on(tmp_path: Path, kind: s
     assert manifest["trainer_state"]["optimizer_step"] == 5
 
 
-def test_a_checkpoint_that_cannot_be_written_is_said_and_does_not_end_the_run(tmp_path: Path, capfd: Any) -> None:
+def rank_without_room(rank: int, world_size: int, path: str, attempt: int) -> str:
+    """Run a rank; before the save of step 3 a file takes the place of its folder. What the rank printed."""
+    import contextlib
+    import io
+
+    from launcher.run.directory import RunDirectory
+    from launcher.trainer import loop
+    from launcher.trainer.main import run_rank
+
+    original = loop.accumulate
+
+    def hooked(t: Any, rows: Any) -> Any:
+        if t.step == 2 and rank == 0:
+            RunDirectory(path).checkpoint(3, attempt).write_text("not a folder")
+        return original(t, rows)
+
+    loop.accumulate, printed = hooked, io.StringIO()  # type: ignore[assignment]
+    try:
+        with contextlib.redirect_stdout(printed):
+            run_rank(path, attempt)
+    finally:
+        loop.accumulate = original
+    return printed.getvalue()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_does_not_end_the_run(tmp_path: Path) -> None:
+    from launcher.run.ledger import start_attempt
+    from tests.ranks import run_ranks
+
     run = make.make_run(tmp_path, make.make_recipe("fsdp2", checkpoint__every_steps=3), evaluation=False)
-    run.checkpoint(3, 1).write_text("a file where the folder of this checkpoint should be")
-    assert make.run_attempt(run, 2) == [("finished", 6)] * 2
+    attempt = start_attempt(run, target="test", job_id=None, nodes=["here"], reason="test")
+    printed = run_ranks(rank_without_room, 2, str(run.path), attempt)
+    assert {(o.kind, o.step) for o in read_outcomes(run, attempt).values()} == {("finished", 6)}
     assert [c.step for c in valid_checkpoints(run)] == [6]
-    assert "warning: no checkpoint was written: " in capfd.readouterr().out
+    assert "warning: no checkpoint was written: " in printed[0]
 
 
 def rank_overtaken(rank: int, world_size: int, path: str, attempt: int) -> str | None:
