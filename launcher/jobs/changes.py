@@ -15,7 +15,6 @@ IDENTITY = (
 )  # fmt: skip
 FREE = ("data.cache_dir", "data.num_workers")  # inside `data`, yet without effect on the samples
 PLACE = ("run.name", "run.dir")  # where the run lies; it may have been moved
-LENGTH = ("train.max_steps", "train.epochs")  # a finished run may be lengthened
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +31,6 @@ class Change:
     @property
     def breaks_identity(self) -> bool:
         return _under(self.key, IDENTITY) and not _under(self.key, FREE)
-
-    @property
-    def lengthens(self) -> bool:
-        return self.key in LENGTH
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:

@@ -23,19 +23,23 @@ class StopAsked(Exception):
 
 
 def is_prepared(run: RunDirectory, recipe: Recipe) -> bool:
-    """Whether data.json is there, agrees with the recipe's length and batch, and the stores it names exist."""
+    """Whether data.json agrees with the recipe and the stores it names exist."""
+    if not agrees(run, recipe):
+        return False
+    data = run.read_json("data.json")
+    return all(Path(part["store"]).is_dir() for part in (data["train"], data["eval"]) if part)
+
+
+def agrees(run: RunDirectory, recipe: Recipe) -> bool:
+    """Whether data.json is there and of the recipe's length and batch."""
     if not run.data_file.exists():
         return False
     data = run.read_json("data.json")
     if data["global_batch_size"] != recipe.train.global_batch_size:
         return False
-    if recipe.train.max_steps is None:
-        length = max(1, round(data["train"]["rows"] * (recipe.train.epochs or 1)))
-        if data["total_rows"] != length:
-            return False
-    elif data["total_steps"] != recipe.train.max_steps or data["total_rows"] is not None:
-        return False
-    return all(Path(part["store"]).is_dir() for part in (data["train"], data["eval"]) if part)
+    if recipe.train.max_steps is not None:
+        return bool(data["total_steps"] == recipe.train.max_steps and data["total_rows"] is None)
+    return bool(data["total_rows"] == max(1, round(data["train"]["rows"] * (recipe.train.epochs or 1))))
 
 
 def prepare_in_child(run: RunDirectory, *, progress: Progress, stop: Callable[[], bool]) -> None:

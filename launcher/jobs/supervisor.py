@@ -20,7 +20,7 @@ from launcher.jobs.devices import accelerator, threads_per_rank
 from launcher.jobs.ending import Ending, judge
 from launcher.jobs.environment import evaluate_setup, require_train_extra, require_variables
 from launcher.jobs.opening import discard_if_fresh, open_run, owned, run_directory
-from launcher.jobs.preparation import PreparationError, StopAsked, is_prepared, prepare_in_child
+from launcher.jobs.preparation import PreparationError, StopAsked, agrees, is_prepared, prepare_in_child
 from launcher.jobs.signals import Signals
 from launcher.jobs.spec import job_spec, stop_after_s
 from launcher.jobs.targets import render
@@ -62,25 +62,32 @@ def launch(recipe: Recipe, *, force: bool, console: Console, reason: str = "run"
     if recipe.cluster.nodes > 1:
         count = recipe.cluster.nodes
         raise UserError(
-            f"cluster.nodes = {count}: expected 1, because this starts one node. Print a script for each of the "
-            f"{count} nodes with `launcher render`, or start `launcher worker RUN` on each of them."
+            f"cluster.nodes = {count}: expected 1, because this starts one node. `launcher render` prints a script for "
+            f"each of the {count} nodes."
         )
     started = time.monotonic()
-    plan = make_plan(recipe)
-    machine = ready_machine(recipe, console.say)
-    run = run_directory(recipe)
-    with Signals() as signals, owned(run):
-        found = open_run(run, recipe, plan, force=force, say=console.say)
-        if read_state(run).status == "finished" and not any(change.lengthens for change in found):
-            console.say(f"{run.path} is finished; a larger train.max_steps or train.epochs would lengthen it.")
-            return EXIT_FINISHED
-        attempt = begin(run, recipe, plan, reason=reason)
-        ending = supervise(run, recipe, plan, attempt, Node(), machine, console, signals, started=started)
-        conclude(run, attempt, ending)
-        if ending.failure_class == "user":
-            discard_if_fresh(run, attempt)
+    plan, run = make_plan(recipe), run_directory(recipe)
+    with Signals() as signals:
+        machine = ready_machine(recipe, console.say)
+        with owned(run):
+            open_run(run, recipe, plan, force=force, say=console.say)
+            if is_finished(run, recipe, console.say):
+                return EXIT_FINISHED
+            attempt = begin(run, recipe, plan, reason=reason)
+            ending = supervise(run, recipe, plan, attempt, Node(), machine, console, signals, started=started)
+            conclude(run, attempt, ending)
+            if ending.failure_class == "user":
+                discard_if_fresh(run, attempt)
     tell(run, attempt, ending, console)
     return ending.exit_code
+
+
+def is_finished(run: RunDirectory, recipe: Recipe, say: Callable[[str], None]) -> bool:
+    """Whether nothing is left to do, which is then said."""
+    finished = read_state(run).status == "finished" and agrees(run, recipe)
+    if finished:
+        say(f"{run.path} is finished; a larger train.max_steps or train.epochs would lengthen it.")
+    return finished
 
 
 def ready_machine(recipe: Recipe, say: Callable[[str], None]) -> Machine:
@@ -199,7 +206,8 @@ def tell(run: RunDirectory, attempt: int, ending: Ending, console: Console) -> N
     if ending.status == "finished":
         console.say(f"finished{step}: {run.path}")
     elif ending.status == "preempted":
-        console.say(f"stopped{step}. Go on with: launcher resume {run.path}")
+        why = f" ({ending.message})" if ending.message else ""
+        console.say(f"stopped{step}{why}. Go on with: launcher resume {run.path}")
     else:
         if ending.traceback and not (ending.rank == 0 and console.streams_log):
             console.say(ending.traceback.rstrip())

@@ -16,11 +16,10 @@ from launcher.errors import EXIT_FINISHED, UserError
 from launcher.jobs.agent import Node
 from launcher.jobs.console import Console
 from launcher.jobs.ending import Ending
-from launcher.jobs.opening import existing_run, owned, stored_recipe
+from launcher.jobs.opening import existing_run, open_run, owned, stored_recipe
 from launcher.jobs.signals import Signals
-from launcher.jobs.supervisor import begin, conclude, prepared, ready_machine, supervise, tell
+from launcher.jobs.supervisor import begin, conclude, is_finished, prepared, ready_machine, supervise, tell
 from launcher.plan import make_plan
-from launcher.run.state import read_state
 
 JOIN_TIMEOUT_S = 3600  # for node 0 to prepare the data, and for every node to come
 _KEY = "launcher/attempt"
@@ -33,23 +32,21 @@ def work(path: Path, *, nodes: int | None, node_rank: int, rendezvous: str | Non
         UserError: no such run, impossible options, a taken port, or what the recipe asks for and this node lacks.
     """
     started = time.monotonic()
-    existing_run(path)
     overrides = [] if nodes is None else [f"cluster.nodes={nodes}"]
     recipe = stored_recipe(path, overrides)
     node = _node(recipe.cluster.nodes, node_rank, rendezvous)
-    machine = ready_machine(recipe, console.say)
-    plan = make_plan(recipe)
-    run = existing_run(path)
+    run, plan = existing_run(path), make_plan(recipe)
+    if is_finished(run, recipe, console.say):
+        return EXIT_FINISHED
     with Signals() as signals:
+        machine = ready_machine(recipe, console.say)
         if node.rank > 0:
             attempt, ending = _follow(node, signals)
             if ending is None:
                 ending = supervise(run, recipe, plan, attempt, node, machine, console, signals, started=started)
         else:
             with owned(run):
-                if read_state(run).status == "finished":
-                    console.say(f"{run.path} is finished.")
-                    return EXIT_FINISHED
+                open_run(run, recipe, plan, force=False, say=console.say)
                 store = _host(node)
                 attempt = begin(run, recipe, plan, reason="worker")
                 ending = prepared(run, recipe, console, signals)

@@ -162,7 +162,7 @@ def test_force_goes_on_with_other_data(recipe):
         (["cluster.accelerator=cuda"], ["accelerator=cpu"]),
         (["cluster.env=[NOT_SET_ANYWHERE]"], ["NOT_SET_ANYWHERE", "not set"]),
         (["cluster.setup=['echo no such module >&2; exit 4']"], ["cluster.setup failed with 4", "no such module"]),
-        (["cluster.nodes=2"], ["launcher worker", "launcher render"]),
+        (["cluster.nodes=2"], ["launcher render"]),
         (["run.dir=/proc/nowhere"], ["/proc/nowhere", "cannot be written"]),
     ],
 )
