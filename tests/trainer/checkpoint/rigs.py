@@ -44,7 +44,8 @@ class FlatEngine:
 
     def ensure_state(self) -> None:
         for name, p in self.module.named_parameters():
-            self.moments.setdefault(name, {kind: torch.zeros_like(p) for kind in KINDS[1:]})
+            if name not in self.moments:
+                self.moments[name] = {kind: torch.zeros_like(p) for kind in KINDS[1:]}
 
     def set_step(self, step: int) -> None:
         self.step = step

@@ -17,7 +17,6 @@ from launcher.run import ledger
 from launcher.trainer.checkpoint import saving
 from launcher.trainer.checkpoint.format import rank_file
 from launcher.trainer.checkpoint.reader import MANIFEST, MARKER
-from tests import ranks
 from tests.trainer.checkpoint import rigs
 
 DISK = 1 << 20  # bytes
@@ -272,29 +271,3 @@ def test_a_synchronous_save_needs_no_host_buffer_and_writes_the_same(tmp_path):
     assert (status.state, manager._buffer) == ("done", None)
     assert status.blocked_s > 0
     assert rigs.same(rigs.read_back(run.checkpoint(1, attempt)), engine.snapshot())
-
-
-def save_as_replicas(rank: int, world_size: int, path: Path) -> tuple[int, str]:
-    """A copy on every rank, as under DDP."""
-    from launcher.run.directory import RunDirectory
-    from launcher.trainer.checkpoint.format import Piece
-    from launcher.trainer.checkpoint.manager import CheckpointManager
-
-    class Replica(rigs.FlatEngine):
-        def pieces(self):
-            return [Piece(p.name, p.kind, p.start, p.tensor, rank, world_size) for p in super().pieces()]
-
-    run = RunDirectory(path)
-    manager = CheckpointManager(run, attempt=1, rank=rank, world_size=world_size, meta={"run_id": "this-run"})
-    manager.save(1, Replica(torch.nn.Linear(1000, 10)), {})
-    status = manager.wait()
-    return status.bytes, status.state
-
-
-@pytest.mark.gloo
-def test_replicas_share_the_writing_about_equally(tmp_path):
-    rigs.begin(tmp_path)
-    results = ranks.run_ranks(save_as_replicas, 3, tmp_path)
-    sizes = [size for size, _ in results]
-    assert [state for _, state in results] == ["done"] * 3
-    assert 40_000 < min(sizes) <= max(sizes) < 41_000  # a third of 120,120 bytes and a header
