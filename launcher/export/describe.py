@@ -90,6 +90,7 @@ def _generation_config(recipe: Recipe, config: Any, tokenizer: Any) -> Any:
     ends += [tokenizer.eos_token_id, _turn_end(tokenizer)]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    generation._from_model_config = False  # else transformers may make it anew from the config, without our end tokens
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
     return generation

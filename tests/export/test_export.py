@@ -119,6 +119,7 @@ def test_the_tokenizer_comes_with_its_template_and_generation_ends_at_the_end_of
     ends = {tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")}
     generation = GenerationConfig.from_pretrained(out)
     assert set(generation.eos_token_id) == ends
+    assert generation._from_model_config is False, "generate() would make the settings anew from the model's config"
     assert generation.pad_token_id == tokenizer.pad_token_id
     lm = AutoModelForCausalLM.from_pretrained(out)
     prompt = tokenizer.apply_chat_template(
