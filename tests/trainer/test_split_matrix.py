@@ -66,7 +66,7 @@ def reference(store: str) -> tuple[list[float], dict[str, torch.Tensor]]:
             for document in rows.store.documents(int(row)):
                 tokens = torch.tensor(document.tokens.astype("int64"))
                 nll = torch.nn.functional.cross_entropy(lm(tokens[None]).logits[0, :-1], tokens[1:], reduction="none")
-                loss = (nll * torch.tensor(document.weights[1:])).sum(dtype=torch.float64) / data.weight
+                loss = (nll * torch.tensor(document.weights[1:])).sum() / data.weight
                 loss.backward()
                 total += loss.item()
         losses.append(total)

@@ -74,12 +74,17 @@ class _ChunkedNll(torch.autograd.Function):
             part = slice(at, at + step)
             states = hidden[part].to(compute)
             logits = head.logits(states, matrix, offset)
-            normaliser = torch.logsumexp(logits, dim=-1)
-            nll = normaliser - logits.gather(1, targets[part, None])[:, 0]
-            total += (nll * weights[part]).sum(dtype=torch.float64)
+            slope = None if head.softcap is None or not any(need) else 1 - (logits / head.softcap) ** 2
+            # relative to the largest logit: what is left of a likely token's probability is not rounded at logit size
+            logits -= logits.amax(dim=-1, keepdim=True)
+            hit = logits.gather(1, targets[part, None])[:, 0]
+            exponentials = logits.exp_()
+            normaliser = exponentials.sum(dim=-1)
+            total += ((normaliser.log() - hit) * weights[part]).sum(dtype=torch.float64)
             if not any(need):
                 continue
-            grad = _logits_gradient(logits, normaliser, targets[part], weights[part], head).to(compute)
+            grad = _logits_gradient(exponentials, normaliser, targets[part], weights[part], slope)
+            grad = (grad if head.scale == 1.0 else grad.mul_(head.scale)).to(compute)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ matrix
             if grad_weight is not None:
@@ -101,15 +106,13 @@ class _ChunkedNll(torch.autograd.Function):
         return (*scaled, None, None, None, None, None)
 
 
-def _logits_gradient(logits: Tensor, normaliser: Tensor, targets: Tensor, weights: Tensor, head: Head) -> Tensor:
-    """d(sum of weight x nll) / d(hidden W^T + b): softmax minus one-hot, back through cap and scale."""
-    slope = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
-    grad = logits.sub_(normaliser[:, None]).exp_()
-    grad[torch.arange(len(targets), device=targets.device), targets] -= 1
-    grad *= weights[:, None]
-    if slope is not None:
-        grad *= slope
-    return grad if head.scale == 1.0 else grad.mul_(head.scale)
+def _logits_gradient(
+    exponentials: Tensor, normaliser: Tensor, targets: Tensor, weights: Tensor, slope: Tensor | None
+) -> Tensor:
+    """d(sum of weight x nll) / d(logits), in place: softmax minus one-hot, times the slope of the cap."""
+    grad = exponentials.mul_((weights / normaliser)[:, None])
+    grad[torch.arange(len(targets), device=targets.device), targets] -= weights
+    return grad if slope is None else grad.mul_(slope)
 
 
 def _add_product(total: Tensor, grad: Tensor, states: Tensor) -> None:
