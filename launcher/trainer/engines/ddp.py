@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +43,9 @@ def build(
     if recipe.model.compile:
         for block in module.blocks():
             block.compile()
-    # every rank was given the same weights above, so DDP need not send them again
-    wrapped = DistributedDataParallel(module, forward_sync_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+    # every rank was given the same weights above, so DDP need not send them again; buffers never change
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    wrapped = DistributedDataParallel(module, init_sync=False, gradient_as_bucket_view=True, **{buffers: False})
     half = precision.compute != torch.float32 and recipe.model.dtype == "fp32"
     return DdpEngine(recipe, module, wrapped, device=device, compute=precision.compute, autocast=half)
