@@ -12,7 +12,7 @@ from launcher.errors import EXIT_USER_ERROR, UserError
 from launcher.jobs.console import Console
 from launcher.jobs.environment import require_train_extra
 from launcher.jobs.opening import open_run, owned, run_directory
-from launcher.jobs.preparation import is_prepared, prepare_run
+from launcher.jobs.preparation import complete_plan, is_prepared, prepare_run
 from launcher.plan import make_plan
 from launcher.recipe.check import load
 
@@ -27,6 +27,7 @@ def main(recipe_file: Path) -> None:
         open_run(run, recipe, plan, force=False, say=console.say)
         if not is_prepared(run, recipe):
             prepare_run(str(run.path), console.working)
+        complete_plan(run)
     console.close()
 
 

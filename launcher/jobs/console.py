@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -74,29 +75,32 @@ class Console:
             self.say(f"{what}: {done:,} of {total:,}" if total else what)
 
     def watch(self, *, logs: Path, metrics: Path, total_steps: int | None) -> None:
-        """Follow rank 0's log, or on a terminal the metrics."""
+        """Follow rank 0's log, and on a terminal the metrics."""
         self._end_bar()
         self._total_steps = total_steps
+        self._log = Follower(logs, "*/0.log")  # rank 0 may be on any node
         if self._terminal():
             self._metrics = Follower(metrics.parent, metrics.name, from_end=True)
             self._show("starting", 0, None)
-        else:
-            self._log = Follower(logs, "*/0.log")  # rank 0 may be on any node
 
     def poll(self) -> None:
         """Show what has come since the last call."""
-        for line in self._log.lines() if self._log else ():
-            self.say(line)
+        self._pass_on(self._log.lines() if self._log else ())
         for line in self._metrics.lines() if self._metrics else ():
             self._advance(line)
 
     def close(self) -> None:
         """Show what is left and end the bar."""
         self.poll()
-        for line in self._log.rest() if self._log else ():
-            self.say(line)
+        self._pass_on(self._log.rest() if self._log else ())
         self._end_bar()
         self._log = self._metrics = None
+
+    def _pass_on(self, lines: Iterable[str]) -> None:
+        """Lines of rank 0; where a bar tells of the steps, only those that warn."""
+        for line in lines:
+            if self.streams_log or line.startswith("warning"):
+                self.say(line)
 
     def _advance(self, line: str) -> None:
         try:

@@ -14,6 +14,18 @@ from launcher.run.directory import RunDirectory
 Progress = Callable[[str, int, int], None]  # what is being done, how much, of how much (0: unknown)
 
 
+def complete_plan(run: RunDirectory) -> None:
+    """Put what only the data tell into the run's plan.json: rows, steps of an epoch, steps in all."""
+    data, plan = run.read_json("data.json"), run.read_json("plan.json")
+    known = {
+        "rows": data["train"]["rows"],
+        "steps_per_epoch": data["steps_per_epoch"],
+        "total_steps": data["total_steps"],
+    }
+    if any(plan[key] != value for key, value in known.items()):
+        run.write_plan({**plan, **known})
+
+
 class PreparationError(Exception):
     """Preparation failed by no mistake of the user; the text is the traceback."""
 

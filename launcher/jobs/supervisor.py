@@ -20,7 +20,7 @@ from launcher.jobs.devices import accelerator, threads_per_rank
 from launcher.jobs.ending import Ending, judge
 from launcher.jobs.environment import evaluate_setup, require_train_extra, require_variables
 from launcher.jobs.opening import discard_if_fresh, open_run, owned, run_directory
-from launcher.jobs.preparation import PreparationError, StopAsked, agrees, is_prepared, prepare_in_child
+from launcher.jobs.preparation import PreparationError, StopAsked, agrees, complete_plan, is_prepared, prepare_in_child
 from launcher.jobs.signals import Signals
 from launcher.jobs.spec import job_spec, stop_after_s
 from launcher.jobs.targets import render
@@ -167,10 +167,10 @@ def supervise(
 
 def prepared(run: RunDirectory, recipe: Recipe, console: Console, signals: Signals) -> Ending | None:
     """Make the run's data ready; how the attempt ended where that did not come about."""
-    if is_prepared(run, recipe):
-        return None
     try:
-        prepare_in_child(run, progress=console.working, stop=lambda: signals.stop is not None)
+        if not is_prepared(run, recipe):
+            prepare_in_child(run, progress=console.working, stop=lambda: signals.stop is not None)
+        complete_plan(run)
     except UserError as error:
         return Ending(status="failed", failure_class="user", message=str(error))
     except PreparationError as error:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from launcher.plan import Plan
 
 BYTES = {"fp32": 4, "bf16": 2}
-MOMENT_BYTES = 4  # fp32 whatever the weights are: bf16 moments lose small updates
 GIB = 1 << 30
 
 
@@ -34,9 +33,9 @@ class Memory:
 
 
 def model_state(found: Sequence[Weight], mesh: Mesh, dtype: str) -> Memory:
-    """Memory of weights that stay in `dtype`, their gradients in the same, and AdamW's two moments."""
+    """Memory of weights that stay in `dtype`, and of their gradients and AdamW's two moments in the same type."""
     elements = sum(-(-w.shape[0] // mesh.shard) * math.prod(w.shape[1:]) * w.times for w in found)
-    return Memory(elements * BYTES[dtype], elements * BYTES[dtype], elements * 2 * MOMENT_BYTES)
+    return Memory(elements * BYTES[dtype], elements * BYTES[dtype], 2 * elements * BYTES[dtype])
 
 
 def memory_problems(recipe: Recipe, plan: Plan) -> Iterator[Problem]:

@@ -56,6 +56,8 @@ def test_a_terminal_gets_a_bar_fed_by_metrics_that_come_after_the_start(tmp_path
     console.watch(logs=tmp_path, metrics=metrics, total_steps=9)
     with metrics.open("a") as more:
         more.write(json.dumps({"step": 8, "loss": 0.5, "tokens_per_s": 1200.0}) + "\n" + '{"torn')
+    (tmp_path / "node").mkdir()
+    (tmp_path / "node" / "0.log").write_text("step 8/9 loss\nwarning: disk full\n")
     console.poll()
     console.say("a message")
     console.close()
@@ -63,4 +65,6 @@ def test_a_terminal_gets_a_bar_fed_by_metrics_that_come_after_the_start(tmp_path
     assert "8/9" in shown
     assert "0.5000" in shown
     assert "a message" in shown
+    assert "warning: disk full" in shown
+    assert "step 8/9" not in shown
     assert "7/9" not in shown

@@ -82,7 +82,7 @@ def test_sharded_memory_counts_the_fullest_rank_where_rows_do_not_divide():
     found = [Weight((301, 4)), Weight((3,), times=2)]
     memory = model_state(found, Mesh(1, 2), "bf16")
     elements = 151 * 4 + 2 * 2
-    assert (memory.weights, memory.gradients, memory.moments) == (2 * elements, 2 * elements, 8 * elements)
+    assert (memory.weights, memory.gradients, memory.moments) == (2 * elements, 2 * elements, 4 * elements)
     assert model_state(found, Mesh(2, 1), "fp32").weights == 4 * (301 * 4 + 6)
 
 
