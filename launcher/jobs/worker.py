@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import EXIT_FINISHED, UserError
+from launcher.jobs import shared
 from launcher.jobs.agent import Node
 from launcher.jobs.console import Console
 from launcher.jobs.ending import Ending
@@ -20,9 +21,11 @@ from launcher.jobs.opening import existing_run, open_run, owned, stored_recipe
 from launcher.jobs.signals import Signals
 from launcher.jobs.supervisor import begin, conclude, is_finished, prepared, ready_machine, supervise, tell
 from launcher.plan import make_plan
+from launcher.run.directory import RunDirectory
 
 JOIN_TIMEOUT_S = 3600  # for node 0 to prepare the data, and for every node to come
 _KEY = "launcher/attempt"
+_SEEN = "launcher/seen/"  # + node rank: empty, or why that node cannot take part
 
 
 def work(path: Path, *, nodes: int | None, node_rank: int, rendezvous: str | None, console: Console) -> int:
@@ -41,7 +44,7 @@ def work(path: Path, *, nodes: int | None, node_rank: int, rendezvous: str | Non
     with Signals() as signals:
         machine = ready_machine(recipe, console.say)
         if node.rank > 0:
-            attempt, ending = _follow(node, signals)
+            attempt, ending = _follow(run, node, signals)
             if ending is None:
                 ending = supervise(run, recipe, plan, attempt, node, machine, console, signals, started=started)
         else:
@@ -51,7 +54,10 @@ def work(path: Path, *, nodes: int | None, node_rank: int, rendezvous: str | Non
                 attempt = begin(run, recipe, plan, reason="worker")
                 ending = prepared(run, recipe, console, signals)
                 if store is not None:
-                    store.set(_KEY, json.dumps([attempt, ending and dataclasses.asdict(ending)]))
+                    store.set(
+                        _KEY, json.dumps([attempt, shared.leave_token(run), ending and dataclasses.asdict(ending)])
+                    )
+                    ending = ending or _missing(store, node, signals)
                 if ending is None:
                     ending = supervise(run, recipe, plan, attempt, node, machine, console, signals, started=started)
                 conclude(run, attempt, ending)
@@ -106,7 +112,24 @@ def _host(node: Node) -> Any:
     return TCPStore(host, int(port), is_master=True, wait_for_workers=False)
 
 
-def _follow(node: Node, signals: Signals) -> tuple[int, Ending | None]:
+def _missing(store: Any, node: Node, signals: Signals) -> Ending | None:
+    """Wait until every other node has said that it sees this run directory; how the attempt ended where one does not."""
+    deadline = time.monotonic() + node.join_timeout_s
+    for rank in range(1, node.nodes):
+        while not store.check([f"{_SEEN}{rank}"]):
+            if signals.stop is not None:
+                message = f"{signals.stop} while waiting for node {rank}"
+                return Ending(status="preempted", failure_class="preemption", message=message)
+            if time.monotonic() >= deadline:
+                message = f"node {rank} did not come within {node.join_timeout_s} s"
+                return Ending(status="failed", failure_class="node", message=message)
+            time.sleep(0.05)
+        if problem := store.get(f"{_SEEN}{rank}").decode():
+            return Ending(status="failed", failure_class="user", message=problem)
+    return None
+
+
+def _follow(run: RunDirectory, node: Node, signals: Signals) -> tuple[int, Ending | None]:
     """The attempt that node 0 began, and how it ended if no rank is to start; waits for node 0."""
     assert node.rendezvous is not None
     host, _, port = node.rendezvous.rpartition(":")
@@ -118,8 +141,11 @@ def _follow(node: Node, signals: Signals) -> tuple[int, Ending | None]:
         try:
             wait = timedelta(seconds=node.join_timeout_s)
             store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=wait)
-            attempt, ending = json.loads(store.get(_KEY))
-            answers.append((attempt, ending and Ending(**ending)))
+            attempt, token, ending = json.loads(store.get(_KEY))
+            problem = "" if ending else shared.problem(run, token)
+            store.set(f"{_SEEN}{node.rank}", problem)
+            refusal = Ending(status="failed", failure_class="user", message=problem) if problem else None
+            answers.append((attempt, Ending(**ending) if ending else refusal))
         except Exception as error:
             message = f"node 0 did not answer at {node.rendezvous}: {error}"
             answers.append((0, Ending(status="failed", failure_class="communication", message=message)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -100,6 +101,18 @@ def test_a_worker_whose_peer_does_not_come_stops_when_it_is_asked_to(pair):
     waiting.terminate()
     out, _ = finish(waiting, code=75)
     assert "waiting for node 0" in out
+
+
+def test_nodes_that_do_not_share_the_run_directory_are_refused_on_both_with_the_fix(pair, tmp_path):
+    set_steps(pair, 8)
+    shutil.copytree(run_of(pair).path, tmp_path / "copy")
+    port = free_port()
+    (leader,) = workers(pair, port, 0)
+    options = ["--node-rank", "1", "--rendezvous", f"127.0.0.1:{port}"]
+    for worker in (launcher("worker", tmp_path / "copy", *options), leader):
+        _, err = finish(worker, code=2)
+        assert "do not see the same directory" in err
+        assert "Put run.dir on a file system that all nodes share" in err
 
 
 def test_a_taken_port_is_refused_with_code_2(pair):
