@@ -113,7 +113,7 @@ def _host(node: Node) -> Any:
 
 
 def _missing(store: Any, node: Node, signals: Signals) -> Ending | None:
-    """Wait until every other node has said that it sees this run directory; how the attempt ended where one does not."""
+    """Wait until each other node has said that it sees this run directory; the ending where one does not."""
     deadline = time.monotonic() + node.join_timeout_s
     for rank in range(1, node.nodes):
         while not store.check([f"{_SEEN}{rank}"]):
