@@ -26,6 +26,9 @@ def complete_plan(run: RunDirectory) -> None:
         run.write_plan({**plan, **known})
 
 
+_LAST_WORDS_S = 10.0
+
+
 class PreparationError(Exception):
     """Preparation failed by no mistake of the user; the text is the traceback."""
 
@@ -83,9 +86,11 @@ def prepare_in_child(run: RunDirectory, *, progress: Progress, stop: Callable[[]
             if kind == "failed":
                 raise PreparationError(what[0])
             progress(*what)
+        child.kill()
         raise StopAsked
     finally:
         receiver.close()
+        child.join(_LAST_WORDS_S)  # it has spoken, and now tidies up
         child.kill()
         child.join()
 
