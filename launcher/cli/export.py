@@ -6,15 +6,17 @@ from pathlib import Path
 
 import click
 
+from launcher.cli._common import find_run
+
 
 @click.command(short_help="Write a Hugging Face folder from the newest checkpoint.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run")
 @click.option("--out", type=click.Path(path_type=Path), help="The folder to write.  (default: RUN/final)")
 @click.option(
     "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Type of the weights.  (default: as trained)"
 )
 @click.option("--checkpoint", metavar="NAME", help="As step-00000500-a1.  (default: the newest that is whole)")
-def command(run: Path, out: Path | None, dtype: str | None, checkpoint: str | None) -> None:
+def command(run: str, out: Path | None, dtype: str | None, checkpoint: str | None) -> None:
     """Write weights, configuration and tokenizer of a run as a folder that plain transformers loads.
 
     Needs no GPU and starts no training; the run may go on meanwhile.
@@ -25,6 +27,5 @@ def command(run: Path, out: Path | None, dtype: str | None, checkpoint: str | No
 
     require_train_extra()
     from launcher.export import export_run
-    from launcher.run.directory import RunDirectory
 
-    click.echo(export_run(RunDirectory(run), out, dtype=dtype, checkpoint=checkpoint))
+    click.echo(export_run(find_run(run), out, dtype=dtype, checkpoint=checkpoint))

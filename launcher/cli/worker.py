@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
+
+from launcher.cli._common import find_run
 
 
 @click.command(short_help="One node's part of a job, as schedulers start it.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run")
 @click.option(
     "--nodes", type=int, envvar="LAUNCHER_NODES", help="Machines of the job.  [default: those of the run's plan]"
 )
@@ -16,7 +16,7 @@ import click
     "--node-rank", type=int, default=0, envvar="LAUNCHER_NODE_RANK", show_default=True, help="This machine's number."
 )
 @click.option("--rendezvous", envvar="LAUNCHER_RENDEZVOUS", help="HOST:PORT on node 0; needed with more than one node.")
-def command(run: Path, nodes: int | None, node_rank: int, rendezvous: str | None) -> int:
+def command(run: str, nodes: int | None, node_rank: int, rendezvous: str | None) -> int:
     """Do one node's part of a job: start its ranks and stop them; create no run, start no other node.
 
     Node 0 holds the run's lease, prepares the data and keeps the ledger; the others wait for it. The options are
@@ -27,4 +27,4 @@ def command(run: Path, nodes: int | None, node_rank: int, rendezvous: str | None
     from launcher.jobs.console import Console
     from launcher.jobs.worker import work
 
-    return work(run, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous, console=Console())
+    return work(find_run(run), nodes=nodes, node_rank=node_rank, rendezvous=rendezvous, console=Console())

@@ -81,25 +81,12 @@ def discard_if_fresh(run: RunDirectory, attempt: int) -> None:
         shutil.rmtree(run.path)
 
 
-def existing_run(path: Path) -> RunDirectory:
-    """The run in a folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    run = RunDirectory(path.absolute())
-    if not run.exists():
-        raise UserError(f"{path} is not a run directory. `launcher runs` lists those below a folder.")
-    return run
-
-
-def stored_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def stored_recipe(run: RunDirectory, overrides: Sequence[str] = ()) -> Recipe:
     """A run's own recipe with changes, its place being where it lies now.
 
     Raises:
-        UserError: no run there; RecipeError: what is wrong with the result.
+        RecipeError: what is wrong with the result.
     """
-    run = existing_run(path)
     recipe = load(run.recipe_file, overrides, new=False).recipe
     recipe.run.dir, recipe.run.name = str(run.path.parent), run.path.name
     return recipe

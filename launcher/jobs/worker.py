@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from launcher.errors import EXIT_FINISHED, UserError
@@ -17,7 +16,7 @@ from launcher.jobs import shared
 from launcher.jobs.agent import Node
 from launcher.jobs.console import Console
 from launcher.jobs.ending import Ending
-from launcher.jobs.opening import existing_run, open_run, owned, stored_recipe
+from launcher.jobs.opening import open_run, owned, stored_recipe
 from launcher.jobs.signals import Signals
 from launcher.jobs.supervisor import begin, conclude, is_finished, prepared, ready_machine, supervise, tell
 from launcher.plan import make_plan
@@ -28,17 +27,17 @@ _KEY = "launcher/attempt"
 _SEEN = "launcher/seen/"  # + node rank: empty, or why that node cannot take part
 
 
-def work(path: Path, *, nodes: int | None, node_rank: int, rendezvous: str | None, console: Console) -> int:
+def work(run: RunDirectory, *, nodes: int | None, node_rank: int, rendezvous: str | None, console: Console) -> int:
     """Do this node's part; the exit code of `launcher worker`.
 
     Raises:
-        UserError: no such run, impossible options, a taken port, or what the recipe asks for and this node lacks.
+        UserError: impossible options, a taken port, or what the recipe asks for and this node lacks.
     """
     started = time.monotonic()
     overrides = [] if nodes is None else [f"cluster.nodes={nodes}"]
-    recipe = stored_recipe(path, overrides)
+    recipe = stored_recipe(run, overrides)
     node = _node(recipe.cluster.nodes, node_rank, rendezvous)
-    run, plan = existing_run(path), make_plan(recipe)
+    plan = make_plan(recipe)
     if is_finished(run, recipe, console.say):
         return EXIT_FINISHED
     with Signals() as signals:

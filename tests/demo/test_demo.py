@@ -32,7 +32,7 @@ def test_held_out_questions_are_not_trained(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_short_demo_stops_resumes_exports_answers_and_sums_up(tmp_path: Path):
-    changes = ["train.max_steps=12", "train.eval_every_steps=6", "logging.every_steps=1", "checkpoint.every_steps=50"]
+    changes = ["train.max_steps=12", "train.eval_every_steps=12", "logging.every_steps=1", "checkpoint.every_steps=50"]
     result = subprocess.run(
         [sys.executable, "-m", "launcher.demo", *changes], cwd=tmp_path, capture_output=True, text=True, timeout=400
     )

@@ -212,7 +212,7 @@ def test_what_cannot_be_exported_is_refused_with_exit_code_2_and_nothing_written
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("ten years of work")
     for arguments, text in (
-        ([tmp_path / "nowhere"], "expected a run directory"),
+        ([tmp_path / "nowhere"], "neither a path nor a name below runs/"),
         ([run.path], "has no checkpoint yet, so there is nothing to export"),
         ([run.path, "--out", foreign], "expected a new or empty folder, or an earlier export"),
     ):
