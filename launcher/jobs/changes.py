@@ -14,6 +14,7 @@ IDENTITY = (
     "train.seed", "train.global_batch_size",
 )  # fmt: skip
 FREE = ("data.cache_dir", "data.num_workers")  # inside `data`, yet without effect on the samples
+WEIGHTS = ("model.name", "model.config", "model.dtype", "adapter")  # parameters that a checkpoint's bytes do not fit
 PLACE = ("run.name", "run.dir")  # where the run lies; it may have been moved
 
 
@@ -31,6 +32,11 @@ class Change:
     @property
     def breaks_identity(self) -> bool:
         return _under(self.key, IDENTITY) and not _under(self.key, FREE)
+
+    @property
+    def breaks_checkpoints(self) -> bool:
+        """Whether checkpoints written before it cannot go on after it."""
+        return _under(self.key, WEIGHTS)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:

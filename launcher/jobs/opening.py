@@ -8,13 +8,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.jobs.changes import Change, changes, identity
+from launcher.jobs.changes import PLACE, Change, changes, identity
+from launcher.jobs.preparation import total_steps
 from launcher.plan import Plan
 from launcher.recipe.check import load
 from launcher.recipe.schema import Recipe, to_dict
 from launcher.run.directory import RunDirectory
 from launcher.run.lease import hold_lease
-from launcher.run.ledger import latest_attempt, valid_checkpoints
+from launcher.run.ledger import CheckpointRef, latest_attempt, valid_checkpoints
 
 Say = Callable[[str], None]
 
@@ -48,7 +49,8 @@ def open_run(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say:
     """Make the run, or go on with it; what changed in its recipe. The caller holds the lease.
 
     Raises:
-        UserError: the recipe is that of another run, and `force` is false; nothing has been written.
+        UserError: the recipe is that of another run, and `force` is false; or, whatever `force` is, the run's
+            checkpoints cannot go on with it. Nothing has been written.
     """
     if run.exists():
         return _go_on(run, recipe, plan, force=force, say=say)
@@ -59,6 +61,8 @@ def open_run(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say:
 
 def _go_on(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say: Say) -> list[Change]:
     found = changes(run.read_recipe(), to_dict(recipe))
+    if newest := next(reversed(valid_checkpoints(run)), None):
+        _require_fit(run, recipe, found, newest)
     breaking = [change for change in found if change.breaks_identity]
     if breaking and not force:
         listed = "\n".join(f"  {change}" for change in breaking)
@@ -74,6 +78,25 @@ def _go_on(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say: S
     return found
 
 
+def _require_fit(run: RunDirectory, recipe: Recipe, found: Sequence[Change], newest: CheckpointRef) -> None:
+    """Raises UserError where the newest checkpoint cannot go on with the recipe: other weights, or an end before it."""
+    if unfit := [change for change in found if change.breaks_checkpoints]:
+        listed = "\n".join(f"  {change}" for change in unfit)
+        raise UserError(
+            f"{run.path} has checkpoints of another model, which cannot go on with this one:\n{listed}\n"
+            "Start another run: launcher run with run.name=..."
+        )
+    other_rows = any(change.breaks_identity for change in found)  # how many is known when they are prepared
+    steps = recipe.train.max_steps if other_rows else total_steps(run, recipe)
+    if steps is not None and steps < newest.step:
+        limit = recipe.train.max_steps
+        key, value = ("train.max_steps", limit) if limit is not None else ("train.epochs", recipe.train.epochs)
+        raise UserError(
+            f"{key} = {value}: expected at least the {newest.step} steps that {run.path} has reached, "
+            f"this ends it at step {steps}. Give a larger one, or start another run with run.name=..."
+        )
+
+
 def discard_if_fresh(run: RunDirectory, attempt: int) -> None:
     """Remove a run whose first attempt learnt nothing because of the user's mistake: mended, it starts as a new run."""
     learnt = run.metrics_file.exists() and run.metrics_file.stat().st_size > 0
@@ -85,8 +108,11 @@ def stored_recipe(run: RunDirectory, overrides: Sequence[str] = ()) -> Recipe:
     """A run's own recipe with changes, its place being where it lies now.
 
     Raises:
-        RecipeError: what is wrong with the result.
+        RecipeError: what is wrong with the result; UserError: a change of place.
     """
+    for override in overrides:
+        if (key := override.partition("=")[0].strip()) in ("run", *PLACE):
+            raise UserError(f"{key}: a run's place is its directory, {run.path}: move the directory to rename it.")
     recipe = load(run.recipe_file, overrides, new=False).recipe
     recipe.run.dir, recipe.run.name = str(run.path.parent), run.path.name
     return recipe

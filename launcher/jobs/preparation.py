@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import UserError
 from launcher.jobs import rank, warm
@@ -54,7 +55,19 @@ def agrees(run: RunDirectory, recipe: Recipe) -> bool:
         return False
     if recipe.train.max_steps is not None:
         return bool(data["total_steps"] == recipe.train.max_steps and data["total_rows"] is None)
-    return bool(data["total_rows"] == max(1, round(data["train"]["rows"] * (recipe.train.epochs or 1))))
+    return bool(data["total_rows"] == _rows(data, recipe))
+
+
+def total_steps(run: RunDirectory, recipe: Recipe) -> int | None:
+    """Steps after which the recipe ends this run; None where epochs end it and its rows are not known yet."""
+    if recipe.train.max_steps is not None or not run.data_file.exists():
+        return recipe.train.max_steps
+    return -(-_rows(run.read_json("data.json"), recipe) // recipe.train.global_batch_size)
+
+
+def _rows(data: Mapping[str, Any], recipe: Recipe) -> int:
+    """Rows of all epochs together."""
+    return max(1, round(data["train"]["rows"] * (recipe.train.epochs or 1)))
 
 
 def prepare_in_child(run: RunDirectory, *, progress: Progress, stop: Callable[[], bool]) -> None:

@@ -137,6 +137,28 @@ def test_a_change_of_identity_is_refused_and_nothing_written(recipe, uninterrupt
     assert after == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["model.config.hidden_size=64", "train.max_steps=200", "--force"], ["model.config.hidden_size: 32 -> 64"]),
+        (["model.dtype=bf16", "--force"], ["model.dtype", "run.name="]),
+        (["train.max_steps=10", "--force"], ["train.max_steps = 10", f"{STEPS} steps"]),
+        (["run.name=other"], ["run.name", "move the directory"]),
+        (["run.dir=/elsewhere", "--force"], ["run.dir", "move the directory"]),
+    ],
+)
+def test_what_the_checkpoints_cannot_take_is_refused_even_with_force_and_nothing_written(
+    recipe, uninterrupted, changes, words
+):
+    before = contents(uninterrupted.path)
+    _, err = finish(launcher("resume", uninterrupted.path, *changes), code=2)
+    assert all(word in err for word in words), err
+    assert "Traceback" not in err
+    after = contents(uninterrupted.path)
+    after["control/lease"] = before["control/lease"]
+    assert after == before
+
+
 def test_resume_lists_each_changed_key_and_a_finished_run_can_be_lengthened(recipe):
     finish(launcher("run", recipe, "run.name=short", "train.max_steps=4"), code=0)
     run = run_of(recipe, "short")

@@ -1,0 +1,71 @@
+"""Going on with a run: what its checkpoints cannot take is refused, whatever is forced, before anything is written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from launcher.errors import UserError
+from launcher.jobs.changes import identity
+from launcher.jobs.opening import open_run, stored_recipe
+from launcher.plan import make_plan
+from launcher.recipe.schema import Data, Model, Recipe, Source, Train, to_dict
+from launcher.run.directory import MARKER, RunDirectory
+from launcher.run.ledger import start_attempt
+
+CONFIG = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+          "num_attention_heads": 1, "vocab_size": 32}  # fmt: skip
+
+
+def recipe(*, config: dict | None = None, **train: object) -> Recipe:
+    return Recipe(
+        model=Model(config={**CONFIG, **(config or {})}, tokenizer="t"),
+        data=Data(train=[Source(path="a.jsonl")], seq_len=32),
+        train=Train(global_batch_size=4, **{"max_steps": 9, **train}),
+    )
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDirectory:
+    """A run of that recipe with a checkpoint at step 5."""
+    made, values = RunDirectory(tmp_path / "r"), to_dict(recipe())
+    made.create(values, make_plan(recipe()).to_dict(), identity(values))
+    made.data_file.write_text(json.dumps({"train": {"rows": 10}}))
+    start_attempt(made, target="local", job_id=None, nodes=["here"], reason="run")
+    made.checkpoint(5, 1).mkdir(parents=True)
+    (made.checkpoint(5, 1) / MARKER).touch()
+    return made
+
+
+def go_on(run: RunDirectory, changed: Recipe, *, force: bool = True) -> list[str]:
+    return [change.key for change in open_run(run, changed, make_plan(changed), force=force, say=lambda text: None)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (recipe(config={"hidden_size": 16}), ["model.config.hidden_size: 8 -> 16", "run.name="]),
+        (recipe(max_steps=4), ["train.max_steps = 4", "5 steps"]),
+        (recipe(max_steps=None, epochs=1.0), ["train.epochs = 1.0", "at step 3"]),  # 10 rows, 4 in a batch
+    ],
+)
+def test_other_weights_and_an_end_before_the_step_reached_are_never_forced(run, changed, words):
+    before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+    with pytest.raises(UserError) as caught:
+        go_on(run, changed)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert before == {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+
+
+def test_what_checkpoints_can_take_is_forced_and_without_checkpoints_other_weights_too(run):
+    assert go_on(run, recipe(seed=1)) == ["train.seed"]
+    assert go_on(run, recipe(seed=1, max_steps=5)) == ["train.max_steps"]
+    (run.checkpoint(5, 1) / MARKER).unlink()
+    assert go_on(run, recipe(seed=1, max_steps=5, config={"hidden_size": 16})) == ["model.config.hidden_size"]
+
+
+@pytest.mark.parametrize("change", ["run.name=other", "run.dir=/elsewhere", "run={name: other}"])
+def test_a_change_of_place_is_refused_because_the_directory_is_the_place(run, change):
+    with pytest.raises(UserError, match=r"place is its directory.*move the directory"):
+        stored_recipe(run, [change])
