@@ -50,7 +50,7 @@ def _command() -> None:
 
     A recipe's key is changed by KEY=VALUE, not by an option:
 
-      launcher run recipes/quickstart.yaml train.max_steps=5
+      launcher run recipes/tiny-cpu.yaml train.max_steps=5
     """
 
 
