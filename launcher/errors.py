@@ -10,7 +10,7 @@ from typing import Any
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped with a durable checkpoint, start me again
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped with a durable checkpoint or before step 1, start me again
 
 
 class UserError(Exception):
@@ -26,6 +26,7 @@ class Problem:
     expected: what is allowed there, without a full stop
     fix: what to write instead, a sentence
     where: `file.yaml:14`, or the argument; empty when the value is a default
+    because: other keys whose values this rests on; where one of them is wrong itself, this says nothing new
     """
 
     key: str
@@ -33,6 +34,7 @@ class Problem:
     expected: str
     fix: str = ""
     where: str = ""
+    because: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""

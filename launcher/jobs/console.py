@@ -6,7 +6,10 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
+
+from launcher.run.output import PatientStream
+from launcher.trainer.main import ERROR
 
 
 class Follower:
@@ -40,11 +43,23 @@ class Follower:
         return [*lines, rest] if rest else lines
 
 
+def _patient(stream: TextIO) -> TextIO:
+    """The same output, where a full disk or a reader that has gone ends nothing; a terminal stays as it is."""
+    try:
+        handle = stream.fileno()
+    except (OSError, AttributeError):  # text in memory
+        return stream
+    if stream.isatty():
+        return stream
+    stream.flush()
+    return cast(TextIO, PatientStream(handle))
+
+
 class Console:
     """Where the launcher speaks. `say` at any time; between `watch` and `close` the attempt's progress is shown too."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stdout
+        self.stream = stream or _patient(sys.stdout)
         self._bar: Any = None
         self._task: Any = None
         self._log: Follower | None = None
@@ -97,9 +112,9 @@ class Console:
         self._log = self._metrics = None
 
     def _pass_on(self, lines: Iterable[str]) -> None:
-        """Lines of rank 0; where a bar tells of the steps, only those that warn."""
+        """Lines of rank 0, without the error that the end tells; where a bar tells of the steps, those that warn."""
         for line in lines:
-            if self.streams_log or line.startswith("warning"):
+            if line.startswith("warning") or (self.streams_log and not line.startswith(ERROR)):
                 self.say(line)
 
     def _advance(self, line: str) -> None:

@@ -20,7 +20,7 @@ _REQUEUE = ("communication", "node", "hang", "preemption")  # these may go well 
 class Ending:
     """How an attempt ended.
 
-    status: finished, preempted (a durable checkpoint, start again) or failed
+    status: finished, preempted (stopped with a durable checkpoint or before the first step, start again) or failed
     failure_class: of `Outcome`, None when it finished
     step: last optimizer step that a rank told of, None if none did
     rank: the one that failed first, with its node, message and traceback

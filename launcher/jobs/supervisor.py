@@ -5,8 +5,10 @@ Restarts are new attempts of the whole run, decided from the outcomes; nothing i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +30,9 @@ from launcher.plan import Plan, make_plan
 from launcher.recipe.schema import Recipe
 from launcher.run.control import clear_stop, read_outcomes, request_stop, write_verdict
 from launcher.run.directory import RunDirectory
+from launcher.run.files import read_json
 from launcher.run.ledger import end_attempt, start_attempt
+from launcher.run.reserve import give_up, insist, keep_back
 from launcher.run.state import StaleAttempt, read_state, write_state
 
 _POLL_S = 0.05
@@ -70,16 +74,26 @@ def launch(recipe: Recipe, *, force: bool, console: Console, reason: str = "run"
     with Signals() as signals:
         machine = ready_machine(recipe, console.say)
         with owned(run):
-            open_run(run, recipe, plan, force=force, say=console.say)
-            if is_finished(run, recipe, console.say):
-                return EXIT_FINISHED
-            attempt = begin(run, recipe, plan, reason=reason)
+            with written(run):
+                open_run(run, recipe, plan, force=force, say=console.say)
+                if is_finished(run, recipe, console.say):
+                    return EXIT_FINISHED
+                attempt = begin(run, recipe, plan, reason=reason)
             ending = supervise(run, recipe, plan, attempt, Node(), machine, console, signals, started=started)
             conclude(run, attempt, ending)
             if ending.failure_class == "user":
                 discard_if_fresh(run, attempt)
     tell(run, attempt, ending, console)
     return ending.exit_code
+
+
+@contextlib.contextmanager
+def written(run: RunDirectory) -> Iterator[None]:
+    """Before a rank starts, a file that cannot be written is for the user to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or run.path}: cannot be written ({error.strerror or error}).") from None
 
 
 def is_finished(run: RunDirectory, recipe: Recipe, say: Callable[[str], None]) -> bool:
@@ -117,6 +131,7 @@ def begin(run: RunDirectory, recipe: Recipe, plan: Plan, *, reason: str, target:
     for name, text in render(job_spec(recipe, plan), target="torchrun").files.items():
         (job / name).write_text(text)
     write_state(run, "running", attempt=attempt, step=None)
+    keep_back(run.reserve)
     return attempt
 
 
@@ -156,7 +171,8 @@ def supervise(
     if signals.at_once:
         _end_ranks(agent, grace_s=0)
         console.close()
-        return Ending(status="failed", failure_class="preemption", message="ended at once by a second Ctrl-C")
+        lost = "the work since the last checkpoint is lost"
+        return Ending(status="failed", failure_class="unknown", message=f"ended at once by a second Ctrl-C; {lost}")
     console.close()
     try:
         died = agent.failures()
@@ -173,29 +189,52 @@ def prepared(run: RunDirectory, recipe: Recipe, console: Console, signals: Signa
         complete_plan(run)
     except UserError as error:
         return Ending(status="failed", failure_class="user", message=str(error))
+    except OSError as error:
+        return Ending(status="failed", failure_class="node", message=f"the plan could not be written: {error}")
     except PreparationError as error:
         return Ending(
             status="failed", failure_class="data", message="the data could not be prepared", traceback=str(error)
         )
     except StopAsked:
-        return Ending(
-            status="preempted", failure_class="preemption", message=f"{signals.stop} while preparing the data"
-        )
+        why = f"{signals.stop} while preparing the data: stopped before the first step; nothing was lost"
+        return Ending(status="preempted", failure_class="preemption", message=why)
     finally:
         console.close()
     return None
 
 
 def conclude(run: RunDirectory, attempt: int, ending: Ending) -> None:
-    """Write how the attempt ended: state where its ranks could not, ledger, verdict."""
-    end_attempt(run, attempt, step=ending.step, outcome_class=ending.failure_class or ending.status)
-    try:
-        if ending.status == "failed" or read_state(run).status == "running":
+    """Write how the attempt ended: ledger, state where its ranks could not, verdict.
+
+    What cannot be written, though the reserve is given up for it, is said on standard error in one line.
+    """
+
+    def write_end() -> None:
+        end_attempt(run, attempt, step=ending.step, outcome_class=ending.failure_class or ending.status)
+
+    def write_last_state() -> None:
+        said = read_json(run.state_file) or {}
+        if (said.get("attempt"), said.get("status")) != (attempt, ending.status):
             write_state(run, ending.status, attempt=attempt, step=ending.step, message=ending.message)
+
+    def write_last_verdict() -> None:
         write_verdict(run, ending.verdict, attempt=attempt)
-    except StaleAttempt:
-        return  # cut off, and started again elsewhere: the run is not ours to speak for
-    clear_stop(run)
+
+    lost = {}
+    words = {run.ledger_file.name: write_end, run.state_file.name: write_last_state, "verdict": write_last_verdict}
+    for name, write in words.items():
+        try:
+            insist(write, run.reserve)
+        except StaleAttempt:
+            return  # cut off, and started again elsewhere: the run is not ours to speak for
+        except OSError as error:
+            lost[name] = error.strerror or str(error)
+    give_up(run.reserve)
+    with contextlib.suppress(OSError):
+        clear_stop(run)
+    if lost:
+        reasons = ", ".join(sorted(set(lost.values())))
+        print(f"warning: {run.path}: {', '.join(lost)} could not be written ({reasons})", file=sys.stderr)
 
 
 def tell(run: RunDirectory, attempt: int, ending: Ending, console: Console) -> None:
@@ -229,11 +268,14 @@ def _ticks(done: Callable[[], bool]) -> Iterator[None]:
 
 def _pass_on_stop(run: RunDirectory, signals: Signals, deadline: float | None, say: Callable[[str], None]) -> None:
     """Turn a signal or the time limit into the stop request, once."""
+    before = signals.passed_on
     if signals.stop is None and deadline is not None and time.monotonic() >= deadline:
         signals.stop = "time limit"
     if signals.stop is not None and not signals.passed_on:
-        signals.passed_on = True
-        request_stop(run, signals.stop)
+        with contextlib.suppress(OSError):  # not even an empty file: the next look tries again
+            request_stop(run, signals.stop)
+            signals.passed_on = True
+    if signals.passed_on and not before:
         say(f"{signals.stop}: the run stops after a checkpoint (a second Ctrl-C ends it at once)")
 
 

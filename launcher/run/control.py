@@ -7,18 +7,20 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from launcher.run.directory import RunDirectory
 from launcher.run.files import read_json, write_atomic
 from launcher.run.ledger import fenced
+from launcher.run.reserve import give_up, insist
 
 Kind = Literal["finished", "stopped", "failed"]
 FailureClass = Literal[
     "user", "data", "out_of_memory", "non_finite", "hang", "communication", "node", "preemption", "unknown"
 ]
 Verdict = Literal["requeue", "stop"]
+_TRACEBACK_CHARACTERS = 8000  # its end is what tells, and it has to fit into the reserve
 CONSEQUENCES = ("communication", "preemption", "unknown", None)  # what ranks say when another one has gone
 
 
@@ -47,9 +49,15 @@ class Outcome:
 
 
 def request_stop(run: RunDirectory, reason: str) -> None:
-    """Ask the ranks for a checkpoint and a stop at the next step boundary; asking again changes only the reason."""
+    """Ask the ranks for a checkpoint and a stop at the next step boundary; asking again changes only the reason.
+
+    On a full disk the request is an empty file: its presence is what counts.
+    """
     run.control.mkdir(parents=True, exist_ok=True)
-    write_atomic(run.control / "stop-request", json.dumps({"reason": reason, "time": time.time()}) + "\n")
+    try:
+        write_atomic(run.control / "stop-request", json.dumps({"reason": reason, "time": time.time()}) + "\n")
+    except OSError:
+        (run.control / "stop-request").touch()
 
 
 def stop_requested(run: RunDirectory) -> bool:
@@ -71,10 +79,19 @@ def clear_stop(run: RunDirectory) -> None:
 
 
 def write_outcome(run: RunDirectory, attempt: int, rank: int, outcome: Outcome) -> None:
-    """Say how a rank of an attempt ended, durably; the files of one attempt say nothing about another."""
-    folder = run.control / "outcome"
+    """Say how a rank of an attempt ended, durably; the files of one attempt say nothing about another.
+
+    The rank's reserve, if there is one, is given up for it.
+
+    Raises:
+        OSError: it could not be written in spite of that.
+    """
+    folder, reserve = run.control / "outcome", run.rank_reserve(rank)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / f"{attempt}-{rank}.json", json.dumps(asdict(outcome)) + "\n")
+    outcome = replace(outcome, traceback=outcome.traceback[-_TRACEBACK_CHARACTERS:])
+    text = json.dumps(asdict(outcome)) + "\n"
+    insist(lambda: write_atomic(folder / f"{attempt}-{rank}.json", text), reserve)
+    give_up(reserve)
 
 
 def read_outcomes(run: RunDirectory, attempt: int) -> dict[int, Outcome]:

@@ -63,6 +63,15 @@ class RunDirectory:
         return self.path / "control"
 
     @property
+    def reserve(self) -> Path:
+        """Space for the launcher's last words, while an attempt runs."""
+        return self.control / ".reserve"
+
+    def rank_reserve(self, rank: int) -> Path:
+        """Space for a rank's outcome, while the rank runs."""
+        return self.control / "outcome" / f".reserve-{rank}"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -30,6 +30,14 @@ class SaveError(RuntimeError):
     """A checkpoint that the run cannot end without could not be written."""
 
 
+def is_known(error: BaseException) -> bool:
+    """Whether its message says all there is to say; the traceback of any other exception is shown."""
+    from launcher.run.ledger import StaleAttempt
+    from launcher.trainer.checkpoint.format import CheckpointError
+
+    return isinstance(error, (UserError, NonFiniteError, DataError, SaveError, StaleAttempt, CheckpointError))
+
+
 def failure_class(error: BaseException) -> FailureClass:
     """One word of those that `control/outcome` allows."""
     import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,6 +19,7 @@ from launcher.trainer.randomness import rekey
 from launcher.trainer.reports import Pending, Reports
 from launcher.trainer.rows import Prefetch, StepRows
 from launcher.trainer.saving import Saver
+from launcher.trainer.trouble import Trouble
 
 if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
@@ -50,6 +51,7 @@ class Training:
     total_steps: int
     step: int = 0
     state_written: float = 0.0
+    state_trouble: Trouble = field(default_factory=lambda: Trouble("state.json"))
 
 
 def train(t: Training) -> Literal["finished", "stopped"]:
@@ -140,12 +142,13 @@ def finish(t: Training) -> None:
         run_evaluation(t)
     if t.reports.figures is not None:
         t.reports.figures.metrics.sync()
-        plot_loss(t.run.metrics_file, t.run.loss_png, title=str(t.recipe.run.name or "loss"))
+        with Trouble(t.run.loss_png.name).said():
+            plot_loss(t.run.metrics_file, t.run.loss_png, title=str(t.recipe.run.name or "loss"))
     write_state(t, "finished")
 
 
 def write_state(t: Training, status: str) -> None:
-    """Rank 0 writes state.json.
+    """Rank 0 writes state.json; one that cannot be written is tried again later, the last one by the launcher.
 
     Raises:
         StaleAttempt: a newer attempt has started, this one no longer counts.
@@ -154,5 +157,6 @@ def write_state(t: Training, status: str) -> None:
         from launcher.run.state import write_state as write
 
         last = t.reports.figures.last if t.reports.figures is not None else {}
-        write(t.run, status, attempt=t.attempt, step=t.step, total_steps=t.total_steps, loss=last.get("loss"))
+        with t.state_trouble.said():
+            write(t.run, status, attempt=t.attempt, step=t.step, total_steps=t.total_steps, loss=last.get("loss"))
     t.state_written = time.monotonic()

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from launcher.run.control import Outcome
     from launcher.run.directory import RunDirectory
+
+ERROR = "error: "  # in a rank's log, before what the launcher says at the end
 
 _stop_signal: int | None = None
 
@@ -25,26 +28,41 @@ def run_rank(run_path: str, attempt: int) -> None:
     Raises:
         Exception: whatever ended the training, after its outcome was written; no collective is started then.
     """
-    from launcher.run.control import Outcome, write_outcome
+    from launcher.run.control import Outcome
     from launcher.run.directory import RunDirectory
+    from launcher.run.reserve import keep_back
 
     run, rank, node = RunDirectory(Path(run_path)), int(os.environ.get("RANK", "0")), node_name()
-    if os.environ.get("LAUNCHER_LOG") == "1":
-        redirect_output(run.log_file(attempt, node, rank))
+    logged = os.environ.get("LAUNCHER_LOG") == "1"
+    if logged:
+        redirect_output(run.log_file(attempt, node, rank), who=f"rank {rank}")
+    keep_back(run.rank_reserve(rank))
     listen_for_signals()
     progress: dict[str, Any] = {"step": 0}
     try:
         kind = _train(run, attempt, progress)
     except BaseException as error:
-        from launcher.trainer.failures import failure_class
+        from launcher.trainer.failures import failure_class, is_known
 
-        text = traceback.format_exc()
-        print(text, file=sys.stderr, flush=True)
-        step = _step(progress)
-        outcome = Outcome("failed", failure_class(error), step, f"rank {rank}, step {step}: {error}", text, node)
-        write_outcome(run, attempt, rank, outcome)
+        known = is_known(error)
+        text = "" if known else traceback.format_exc()
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        outcome = Outcome("failed", failure_class(error), _step(progress), message, text, node)
+        _tell(run, attempt, rank, outcome)
+        if text or logged:  # under plain torchrun whoever catches it says it
+            print(text or f"{ERROR}{message}", file=sys.stderr, flush=True)
         raise
-    write_outcome(run, attempt, rank, Outcome(kind, None, _step(progress), "", "", node))
+    _tell(run, attempt, rank, Outcome(kind, None, _step(progress), "", "", node))
+
+
+def _tell(run: RunDirectory, attempt: int, rank: int, outcome: Outcome) -> None:
+    """Write the outcome; one that cannot be written is said in the log, and the way the rank ended stays as it is."""
+    from launcher.run.control import write_outcome
+
+    try:
+        write_outcome(run, attempt, rank, outcome)
+    except OSError as error:
+        print(f"warning: how rank {rank} ended could not be written: {error}", flush=True)
 
 
 def node_name() -> str:
@@ -52,15 +70,26 @@ def node_name() -> str:
     return os.environ.get("LAUNCHER_NODE") or socket.gethostname()
 
 
-def redirect_output(path: Path) -> None:
-    """Send this process's standard output and error, C level too, to the end of a file."""
+def redirect_output(path: Path, *, who: str) -> None:
+    """Send this process's standard output and error, C level too, to the end of a file.
+
+    A write to a full disk raises nothing: the text waits, and where this process wrote before is told so once.
+    """
+    from launcher.run.output import PatientStream
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
+    before = PatientStream(os.dup(2))
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.close(handle)
+
+    def trouble(why: str) -> None:
+        before.write(f"warning: {who}: its log cannot be written ({why}). Training goes on.\n")
+
+    sys.stdout = sys.stderr = PatientStream(1, trouble)
 
 
 def listen_for_signals() -> None:

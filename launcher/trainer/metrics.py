@@ -9,14 +9,21 @@ not finite is null. A resumed run repeats steps: the last line of a step counts.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from launcher.run.files import write_atomic
+from launcher.trainer.trouble import Trouble
+
+_LONGEST_LINE_BYTES = 1 << 16
 
 # dense bf16 peak of one device in FLOP/s, from the makers' data sheets
 _PEAKS = {
@@ -31,23 +38,63 @@ _PEAKS = {
 
 
 class MetricsWriter:
-    """Appends lines, one write a line, so that a kill never leaves half of two lines mixed; synced at checkpoints."""
+    """Appends lines, one write a line, so that a kill never leaves half of two lines mixed.
 
-    def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    Nothing here raises when the disk is full: lines wait in memory, the oldest go when there are too many, and the rest
+    of one that was written in part comes first when space returns. A part that a killed attempt left is cut off.
+
+    Args:
+        limit: lines that may wait
+    """
+
+    def __init__(self, path: Path, *, limit: int = 20_000) -> None:
+        self._path, self._limit = path, limit
+        self._waiting: deque[bytes] = deque()
+        self._in_part = False  # the first of those that wait is the rest of a line
+        self._lost = 0
+        self._trouble = Trouble(path.name)
+        self._handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        _cut_torn_line(self._handle)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line."""
-        os.write(self._handle, (json.dumps(values) + "\n").encode())
+        """Append one line, and before it those that wait."""
+        self._waiting.append((json.dumps(values) + "\n").encode())
+        if len(self._waiting) > self._limit:
+            del self._waiting[int(self._in_part)]
+            self._lost += 1
+        self._flush()
 
     def sync(self) -> None:
-        """Make the lines durable."""
-        os.fsync(self._handle)
+        """Make the lines durable, as far as there is space."""
+        self._flush()
+        with self._trouble.said():
+            os.fsync(self._handle)
 
     def close(self) -> None:
-        """Sync and close."""
+        """Sync and close; lines that are lost now are counted aloud."""
         self.sync()
+        if lost := self._lost + len(self._waiting):
+            print(f"warning: {self._path}: {lost} lines could not be written and are lost", flush=True)
         os.close(self._handle)
+
+    def _flush(self) -> None:
+        with self._trouble.said():
+            while self._waiting:
+                line = self._waiting[0]
+                written = os.write(self._handle, line)
+                self._in_part = written < len(line)
+                if self._in_part:
+                    self._waiting[0] = line[written:]
+                else:
+                    self._waiting.popleft()
+
+
+def _cut_torn_line(handle: int) -> None:
+    """End the file after its last whole line."""
+    size = os.fstat(handle).st_size
+    tail = os.pread(handle, _LONGEST_LINE_BYTES, max(0, size - _LONGEST_LINE_BYTES))
+    if tail and not tail.endswith(b"\n"):
+        os.ftruncate(handle, size - (len(tail) - 1 - tail.rfind(b"\n")))
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -98,7 +145,11 @@ def memory_gib(device: torch.device) -> float:
 
 
 def plot_loss(metrics: Path, png: Path, *, title: str) -> None:
-    """Draw training and evaluation loss over steps."""
+    """Draw training and evaluation loss over steps.
+
+    Raises:
+        OSError: the picture cannot be written; an older one is left as it was.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -113,10 +164,10 @@ def plot_loss(metrics: Path, png: Path, *, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    fresh = png.with_name(f".{png.name}")
-    figure.savefig(fresh, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
     pyplot.close(figure)
-    os.replace(fresh, png)
+    write_atomic(png, picture.getvalue())
 
 
 def console_line(values: dict[str, Any], *, total_steps: int) -> str:

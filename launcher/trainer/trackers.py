@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launcher.errors import UserError
+from launcher.trainer.trouble import Trouble
 
 
 class Tracker(Protocol):
@@ -29,17 +30,26 @@ class TensorBoard:
                 "logging.trackers = tensorboard: the package tensorboard is not installed. "
                 "Install it with pip install 'train-launcher[trackers]'."
             ) from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._open = lambda purge=None: SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._writer: Any = None
+        self._trouble = Trouble("a figure for TensorBoard")
+        with self._trouble.said():
+            self._writer = self._open(step + 1 if step else None)
 
     def log(self, values: dict[str, Any]) -> None:
-        """See Tracker."""
-        for key, value in values.items():
-            if key not in ("step", "time", "attempt") and isinstance(value, int | float):
-                self._writer.add_scalar(key, value, values["step"])
+        """See Tracker. On a full disk the figures are left out, metrics.jsonl keeps them; a later call opens anew."""
+        with self._trouble.said():
+            writer, self._writer = self._writer or self._open(), None  # one that raises will never write again
+            for key, value in values.items():
+                if key not in ("step", "time", "attempt") and isinstance(value, int | float):
+                    writer.add_scalar(key, value, values["step"])
+            self._writer = writer
 
     def close(self) -> None:
         """See Tracker."""
-        self._writer.close()
+        if self._writer is not None:
+            with self._trouble.said():
+                self._writer.close()
 
 
 TRACKERS = {"tensorboard": TensorBoard}
