@@ -16,6 +16,8 @@ from launcher.trainer.metrics import MetricsWriter, console_line, flops_per_step
 from launcher.trainer.rows import StepRows
 from launcher.trainer.trackers import Tracker
 
+MOST_SKIPPED_IN_A_ROW = 10
+
 
 @dataclass(frozen=True, slots=True)
 class Signals:
@@ -146,12 +148,12 @@ class Reports:
 
     Args:
         figures: on rank 0
-        stop_on_nonfinite: raise, one step late, when a step's update was dropped; else count it
+        stop_on_nonfinite: raise, one step late, when a step's update was dropped; else when MOST_SKIPPED_IN_A_ROW were
     """
 
     def __init__(self, figures: Figures | None, *, device: torch.device, stop_on_nonfinite: bool) -> None:
         self.figures, self._device, self._stop = figures, device, stop_on_nonfinite
-        self.skipped = 0
+        self.skipped = self._skipped_in_a_row = 0
         self._paused_s = 0.0
 
     def pause(self, seconds: float) -> None:
@@ -181,6 +183,7 @@ class Reports:
         if report is None:
             return Signals()
         loss, nonfinite, stop, save, norm = report.numbers.read()
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if nonfinite else 0
         if nonfinite:
             self._not_finite(report.step, loss)
         if self.figures is not None:
@@ -194,3 +197,8 @@ class Reports:
         self.skipped += 1
         if self.figures is not None:
             print(f"warning: {text} ({self.skipped} skipped so far)", flush=True)
+        if self._skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"step {step}: loss or gradient was not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row, so skipping "
+                "does not help. Lower optimizer.lr, or look at the data."
+            )

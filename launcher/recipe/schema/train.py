@@ -23,7 +23,8 @@ class Train:
     precision: type of the arithmetic; auto: bf16 where the device computes it natively, else fp32
     max_grad_norm: clip the gradient of the whole model to this norm; null: never
     eval_every_steps: evaluate before the first step, each so many steps and at the end; null: at the end only
-    on_nonfinite: a loss or gradient that is not finite ends the run (stop) or drops that step's update (skip)
+    on_nonfinite: a loss or gradient that is not finite ends the run (stop) or drops that step's update (skip, which
+        ends the run after 10 such steps in a row, MOST_SKIPPED_IN_A_ROW)
     """
 
     global_batch_size: int = MISSING  # type: ignore[assignment]
@@ -43,7 +44,11 @@ def check(train: Train) -> Iterator[Problem]:
         if getattr(train, key) < 1:
             yield Problem(f"train.{key}", getattr(train, key), "1 row or more")
     if (train.max_steps is None) == (train.epochs is None):
-        yield Problem("train.max_steps", train.max_steps, "either train.max_steps or train.epochs", "Give one of them.")
+        both = train.max_steps is not None
+        yield Problem(
+            "train.max_steps", train.max_steps, "either train.max_steps or train.epochs",
+            "Write null for one of the two." if both else "Give one of them.", because=("train.epochs",),
+        )  # fmt: skip
     if train.max_steps is not None and train.max_steps < 1:
         yield Problem("train.max_steps", train.max_steps, "1 step or more")
     if train.epochs is not None and train.epochs <= 0:
