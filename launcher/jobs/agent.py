@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
-from launcher.jobs import rank, warm
+from launcher.jobs import rank, scratch, warm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +81,12 @@ class Agent:
                 self._launch(run_id, ranks, node, arguments)
         except BaseException as error:
             self._error = error
+        finally:
+            for process in RankProcess.started[self._first :]:
+                process.discard_error_file()
 
     def _launch(self, run_id: str, ranks: int, node: Node, arguments: tuple[Any, ...]) -> None:
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
         config = LaunchConfig(
@@ -97,6 +101,7 @@ class Agent:
             max_restarts=0,
             monitor_interval=0.05,
             start_method="forkserver",
+            logs_specs=DefaultLogsSpecs(log_dir=str(scratch.folder() / "torchelastic")),  # ranks keep logs of their own
         )
         elastic_launch(config, rank.train)(*arguments)
 
@@ -112,8 +117,13 @@ class RankProcess(ForkServerProcess):
     ended_by_us = False
 
     def start(self) -> None:
+        *_, self._error_file = self._args  # type: ignore[attr-defined]  # torch.multiprocessing.spawn._wrap; gone later
         super().start()
         self.started.append(self)
+
+    def discard_error_file(self) -> None:
+        """Remove what torch leaves in the temporary folder when a rank fails; its outcome holds the same traceback."""
+        Path(self._error_file).unlink(missing_ok=True)
 
     def terminate(self) -> None:
         self.ended_by_us = True

@@ -81,7 +81,10 @@ def prepare_in_child(run: RunDirectory, *, progress: Progress, stop: Callable[[]
     """
     receiver, sender = warm.context().Pipe(duplex=False)
     child = warm.context().Process(target=rank.prepare, args=(str(run.path), warm.server_pid(), sender))
-    child.start()
+    try:
+        child.start()
+    except (EOFError, ConnectionError):
+        raise PreparationError("the fork server ended while it imported the trainer; what it said is above") from None
     sender.close()
     try:
         while not stop():

@@ -10,10 +10,12 @@ import signal
 
 from tqdm import tqdm
 
+from launcher.jobs.signals import STOPPING
 from launcher.jobs.tether import PARENT, die_with_parent
 
 die_with_parent(int(os.environ[PARENT]))
 tqdm.get_lock()  # made in a child, its semaphore would have a name, and stay behind when that child is killed
 os.setsid()  # Ctrl-C, Ctrl-\\ and a closing terminal reach process groups
-for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+for _signal in STOPPING:
     signal.signal(_signal, signal.SIG_IGN)  # ranks inherit this and take SIGTERM and SIGUSR1 back for their own use
+signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # blocked since `launcher.jobs.warm` started this process

@@ -7,9 +7,13 @@ import multiprocessing.context
 import os
 import signal
 import threading
-from multiprocessing import forkserver
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
+from launcher.jobs import scratch
+from launcher.jobs.signals import STOPPING
 from launcher.jobs.tether import PARENT
 from launcher.trainer.preload import MODULES
 
@@ -23,13 +27,25 @@ def start() -> None:
     assert threading.current_thread() is threading.main_thread()
     context().set_forkserver_preload(["launcher.jobs.server", "launcher.jobs.rank", "launcher.jobs.agent", *MODULES])
     os.environ[PARENT] = str(os.getpid())
-    before = signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # inherited: a Ctrl-C during the imports does not end the server
-    try:
+    scratch.adopt_multiprocessing()
+    with _held_back(STOPPING):
+        resource_tracker.ensure_running()  # unblocks two of them once it has started its process (Python 3.11)
+    with _held_back(STOPPING):
         forkserver.ensure_running()
+
+
+@contextmanager
+def _held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Processes started here begin with these signals blocked; this one gets those that come meanwhile afterwards.
+
+    The resource tracker keeps them so, else a hang-up would end it and its next start would complain of what the first
+    one knew. The fork server ignores them before it lets them through (`launcher.jobs.server`).
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def stop() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,9 +44,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def running(recipe: Path, name: str, *more: str):
+def running(recipe: Path, name: str, *changes: str, **more: Any):
     """A run of that name in the middle of its steps, with its ranks' process ids."""
-    process = launcher("run", recipe, f"run.name={name}", *more)
+    process = launcher("run", recipe, f"run.name={name}", *changes, **more)
     run = run_of(recipe, name)
     until("some steps", lambda: len(losses(run)) >= 5 or process.poll() is not None)
     ranks = ranks_of(process.pid)
@@ -71,6 +72,32 @@ def test_l4_l9_a_stop_signal_ends_with_75_and_resume_repeats_the_uninterrupted_r
     finish(launcher("resume", run.path), code=0)
     assert len(attempts(run)) == 2
     assert_same_training(run, uninterrupted)
+
+
+def test_a_closing_terminal_stops_the_run_with_75_and_no_helper_process_complains(recipe):
+    process, _, ranks = running(recipe, "hung-up")
+    os.killpg(process.pid, signal.SIGHUP)
+    _, err = finish(process, code=75, timeout_s=60)
+    assert err == ""
+    assert not [pid for pid in ranks if lives(pid)]
+
+
+def test_a_run_leaves_nothing_in_the_temporary_folder_and_the_next_start_removes_what_a_kill_left(recipe, tmp_path):
+    def left() -> set[str]:  # torch keeps one cache there for all runs
+        return {path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor_")}
+
+    own, others = {"TMPDIR": str(tmp_path)}, "launcher-of-somebody-else"
+    (tmp_path / others).mkdir()
+    finish(launcher("run", recipe, "run.name=tidy", "train.max_steps=2", env=own), code=0)
+    assert left() == {others}
+    finish(launcher("run", recipe, "run.name=tidy-failed", "optimizer.lr=1e30", env=own), code=1)
+    assert left() == {others}
+    process, _, _ = running(recipe, "untidy", "train.max_steps=100000", env=own)
+    process.kill()
+    process.communicate()
+    assert len(left()) == 2
+    finish(launcher("run", recipe, "run.name=tidier", "train.max_steps=2", env=own), code=0)
+    assert left() == {others}
 
 
 def test_l4_a_killed_rank_ends_the_run_with_1_names_the_cause_and_the_next_start_is_bit_exact(recipe, uninterrupted):
@@ -183,6 +210,7 @@ def test_force_goes_on_with_other_data(recipe):
     [
         (["cluster.accelerator=cuda"], ["accelerator=cpu"]),
         (["cluster.env=[NOT_SET_ANYWHERE]"], ["NOT_SET_ANYWHERE", "not set"]),
+        (["cluster.env=[NOT_SET_ANYWHERE]", "cluster.setup=['true']"], ["cluster.setup has run without exporting"]),
         (["cluster.setup=['echo no such module >&2; exit 4']"], ["cluster.setup failed with 4", "no such module"]),
         (["cluster.nodes=2"], ["launcher render"]),
         (["run.dir=/proc/nowhere"], ["/proc/nowhere", "cannot be written"]),
@@ -202,7 +230,16 @@ def test_a_mistake_in_the_data_is_said_with_code_2_and_the_run_is_gone_again(rec
     _, err = finish(launcher("run", recipe, *arguments), code=2)
     assert "bad.jsonl" in err
     assert "Traceback" not in err
+    assert "resource_tracker" not in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_row_that_is_too_long_is_said_in_one_message_and_preparation_leaves_no_semaphore(recipe, tmp_path):
+    arguments = [f"run.dir={tmp_path}/runs", "data.seq_len=16", "data.overlong=error"]
+    _, err = finish(launcher("run", recipe, *arguments), code=2)
+    assert "data.seq_len" in err
+    assert "Traceback" not in err
+    assert "resource_tracker" not in err
 
 
 def test_a_failing_rank_is_named_with_its_traceback_and_its_class(recipe):
