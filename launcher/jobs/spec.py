@@ -12,6 +12,8 @@ from launcher.plan import Plan
 from launcher.recipe.schema import Recipe, to_dict
 from launcher.strategy import engine_settings
 
+ENDPOINT = "LAUNCHER_RENDEZVOUS"  # variable with HOST:PORT of node 0, in jobs of several nodes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:

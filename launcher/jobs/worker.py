@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import socket
 import threading
@@ -17,6 +16,7 @@ from launcher.jobs.agent import Node
 from launcher.jobs.console import Console
 from launcher.jobs.ending import Ending
 from launcher.jobs.opening import open_run, owned, stored_recipe
+from launcher.jobs.rendezvous import address, require_free_port
 from launcher.jobs.signals import Signals
 from launcher.jobs.supervisor import begin, conclude, is_finished, prepared, ready_machine, supervise, tell
 from launcher.plan import make_plan
@@ -69,9 +69,7 @@ def _node(nodes: int, rank: int, rendezvous: str | None) -> Node:
         raise UserError(f"--node-rank {rank}: expected 0 to {nodes - 1}, for {nodes} nodes (--nodes).")
     if nodes == 1:
         return Node()
-    host, _, port = (rendezvous or "").rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"--rendezvous {rendezvous}: expected HOST:PORT on node 0, because there are {nodes} nodes.")
+    host, _ = address(rendezvous, name="--rendezvous")
     return Node(
         nodes=nodes,
         rank=rank,
@@ -95,20 +93,11 @@ def _host(node: Node) -> Any:
     """The store that all nodes of this attempt share; None when this node is alone."""
     if node.rendezvous is None:
         return None
-    host, _, port = node.rendezvous.rpartition(":")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", int(port)))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            raise UserError(
-                f"--rendezvous {node.rendezvous}: port {port} is taken on this machine. Choose another."
-            ) from None
+    host, port = address(node.rendezvous, name="--rendezvous")
+    require_free_port(port, name=f"--rendezvous {node.rendezvous}")
     from torch.distributed import TCPStore
 
-    return TCPStore(host, int(port), is_master=True, wait_for_workers=False)
+    return TCPStore(host, port, is_master=True, wait_for_workers=False)
 
 
 def _missing(store: Any, node: Node, signals: Signals) -> Ending | None:

@@ -115,6 +115,23 @@ def test_nodes_that_do_not_share_the_run_directory_are_refused_on_both_with_the_
         assert "Put run.dir on a file system that all nodes share" in err
 
 
+@pytest.mark.parametrize(("host", "words"), [("127.0.0.1", "is taken on this machine"), ("", "expected HOST:PORT")])
+def test_a_rendered_script_of_node_0_refuses_a_taken_port_before_anything_is_written(pair, tmp_path, host, words):
+    finish(launcher("render", pair, f"run.dir={tmp_path}/runs", "-o", tmp_path / "job"), code=0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "LAUNCHER_RENDEZVOUS": f"{host}:{port}"}
+        done = subprocess.run(
+            ["bash", "node-0.sh"], cwd=tmp_path / "job", env=environment, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_taken_port_is_refused_with_code_2(pair):
     set_steps(pair, 8)
     with socket.socket() as taken:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from launcher.jobs.spec import JobSpec, Rendered, stop_after_s
+from launcher.jobs.spec import ENDPOINT, JobSpec, Rendered, stop_after_s
 
 JOIN_TIMEOUT_S = 3600  # other nodes wait for node 0, whose first act is to prepare the data
 
@@ -16,31 +16,30 @@ def render(spec: JobSpec) -> Rendered:
     if spec.nodes == 1:
         command = "bash job.sh"
     else:
-        lines = (f"on node {node}: {_ENDPOINT}=HOST:PORT bash {name}" for node, name in enumerate(names))
+        lines = (f"on node {node}: {ENDPOINT}=HOST:PORT bash {name}" for node, name in enumerate(names))
         command = "\n".join(lines) + "\n(HOST:PORT: an address of node 0 that all nodes reach, and a free port there)"
     return Rendered({**spec.files, **scripts}, command)
 
 
-_ENDPOINT = "LAUNCHER_RENDEZVOUS"
-
-
 def _script(spec: JobSpec, node: int) -> str:
+    endpoint = f' "${ENDPOINT}"' if spec.nodes > 1 else ""
     where = f"node {node} of {spec.nodes}, " if spec.nodes > 1 else ""
+    unset = "cluster.setup has run and left it unset" if spec.setup else "it is not set here"
     lines = [
         "#!/usr/bin/env bash",
         f"# Run {spec.name}: {where}{spec.nproc_per_node} ranks started by torchrun.",
         "set -euo pipefail",
         'here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)',
         *spec.setup,
-        *(f': "${{{name}:?cluster.env names it, but it is not set here}}"' for name in spec.env_names),
+        *(f': "${{{name}:?cluster.env names it, but {unset}}}"' for name in spec.env_names),
         *(_rendezvous() if spec.nodes > 1 else ()),
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(spec.env.items())),
         *_threads(spec.nproc_per_node),
     ]
     if node == 0:
         lines += [
-            "# Node 0's first act: the run directory, a new attempt, and the data.",
-            'python -m launcher.jobs.begin "$here/recipe.yaml"',
+            "# Node 0's first act: the run directory and the data" + (", once the port is free." if endpoint else "."),
+            f'python -m launcher.jobs.begin "$here/recipe.yaml"{endpoint}',
         ]
     if node == 0 and spec.time_limit_min is not None:
         lines += _time_limit(spec)
@@ -54,7 +53,7 @@ def _threads(ranks: int) -> list[str]:
 
 
 def _rendezvous() -> list[str]:
-    return [f': "${{{_ENDPOINT}:?set it to HOST:PORT of node 0}}"']
+    return [f': "${{{ENDPOINT}:?set it to HOST:PORT of node 0}}"']
 
 
 def _time_limit(spec: JobSpec) -> list[str]:
@@ -75,7 +74,7 @@ def _torchrun(spec: JobSpec, node: int) -> str:
             f"--nproc-per-node={spec.nproc_per_node}",
             "--max-restarts=0",
             "--rdzv-backend=c10d",
-            f'--rdzv-endpoint="${_ENDPOINT}"',
+            f'--rdzv-endpoint="${ENDPOINT}"',
             f"--rdzv-id={shlex.quote(spec.name)}",
             f"--rdzv-conf=is_host={int(node == 0)},{timeouts}",  # explicit: torchrun guesses the host by its name
         ]

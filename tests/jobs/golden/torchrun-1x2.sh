@@ -3,7 +3,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > 2 ? $(nproc) / 2 : 1 ))}"
-# Node 0's first act: the run directory, a new attempt, and the data.
+# Node 0's first act: the run directory and the data.
 python -m launcher.jobs.begin "$here/recipe.yaml"
 exec torchrun --standalone \
   --nproc-per-node=2 \

@@ -4,14 +4,14 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 module load cuda/13
 source /opt/venv/bin/activate
-: "${WANDB_API_KEY:?cluster.env names it, but it is not set here}"
-: "${HF_TOKEN:?cluster.env names it, but it is not set here}"
+: "${WANDB_API_KEY:?cluster.env names it, but cluster.setup has run and left it unset}"
+: "${HF_TOKEN:?cluster.env names it, but cluster.setup has run and left it unset}"
 : "${LAUNCHER_RENDEZVOUS:?set it to HOST:PORT of node 0}"
 export MESSAGE='it'"'"'s'
 export NCCL_DEBUG=WARN
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > 8 ? $(nproc) / 8 : 1 ))}"
-# Node 0's first act: the run directory, a new attempt, and the data.
-python -m launcher.jobs.begin "$here/recipe.yaml"
+# Node 0's first act: the run directory and the data, once the port is free.
+python -m launcher.jobs.begin "$here/recipe.yaml" "$LAUNCHER_RENDEZVOUS"
 ( for ((s = 0; s < 3300; s++)); do sleep 1; kill -0 $$ 2>/dev/null || exit; done; echo 'time limit' > /shared/runs/big/control/stop-request ) &
 exec torchrun --nnodes=2 \
   --nproc-per-node=8 \

@@ -4,8 +4,8 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 module load cuda/13
 source /opt/venv/bin/activate
-: "${WANDB_API_KEY:?cluster.env names it, but it is not set here}"
-: "${HF_TOKEN:?cluster.env names it, but it is not set here}"
+: "${WANDB_API_KEY:?cluster.env names it, but cluster.setup has run and left it unset}"
+: "${HF_TOKEN:?cluster.env names it, but cluster.setup has run and left it unset}"
 : "${LAUNCHER_RENDEZVOUS:?set it to HOST:PORT of node 0}"
 export MESSAGE='it'"'"'s'
 export NCCL_DEBUG=WARN

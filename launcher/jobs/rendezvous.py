@@ -1,0 +1,32 @@
+"""HOST:PORT at which the nodes of a job meet: read, and its port found free on node 0 before anything else happens."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from launcher.errors import UserError
+
+
+def address(text: str | None, *, name: str) -> tuple[str, int]:
+    """Host and port of `text`; `name` is where it was given, as `--rendezvous`.
+
+    Raises:
+        UserError: it is no HOST:PORT.
+    """
+    host, _, port = (text or "").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"{name} {text}: expected HOST:PORT on node 0, with a port from 1 to 65535.")
+    return host, int(port)
+
+
+def require_free_port(port: int, *, name: str) -> None:
+    """Raises UserError where this machine, node 0, cannot listen on the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            why = "is taken on this machine" if taken else f"cannot be listened on ({error.strerror})"
+            raise UserError(f"{name}: port {port} {why}. Choose another.") from None
