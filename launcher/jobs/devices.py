@@ -24,10 +24,10 @@ def accelerator(wanted: str, ranks: int) -> tuple[str, str]:
         UserError: fewer GPUs than ranks.
     """
     if wanted == "cpu":
-        return "cpu", "cluster.accelerator=cpu"
+        return "cpu", "cluster.accelerator=cpu" + _crowding(ranks)
     gpus, how = count_gpus()
     if gpus == 0 and wanted == "auto":
-        return "cpu", f"no GPU here ({how})"
+        return "cpu", f"no GPU here ({how})" + _crowding(ranks)
     if gpus < ranks:
         fix = f"Use cluster.nproc_per_node={gpus}" if gpus else "Use cluster.accelerator=cpu"
         raise UserError(
@@ -60,6 +60,12 @@ def _present(devices: Path) -> tuple[int, str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return 0, f"nvidia-smi failed: {error}"
     return sum(line.startswith("GPU ") for line in listed.splitlines()), "nvidia-smi -L"
+
+
+def _crowding(ranks: int) -> str:
+    """A warning where ranks on the CPU outnumber this process's cores."""
+    cores = len(os.sched_getaffinity(0))
+    return f"; warning: {ranks} ranks share {cores} core{'s' * (cores > 1)}" if ranks > cores else ""
 
 
 def threads_per_rank(ranks: int) -> int:

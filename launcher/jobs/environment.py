@@ -21,11 +21,16 @@ def require_train_extra() -> None:
         raise UserError(f'training needs {names}, which this Python lacks: pip install "train-launcher[train]"')
 
 
-def require_variables(names: Sequence[str]) -> None:
-    """Raises UserError naming each variable of cluster.env that is not set; values are never read."""
+def require_variables(names: Sequence[str], *, after_setup: bool = False) -> None:
+    """Raises UserError naming each variable of cluster.env that is not set; values are never read.
+
+    after_setup: set-up lines, which may export a name, have run; the text says so
+    """
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise UserError(f"cluster.env: {', '.join(missing)} not set in the environment. Export it, or remove the name.")
+        where = "not set, and cluster.setup has run without exporting" if after_setup else "not set in the environment."
+        fix = "it. Export it there or before" if after_setup else "Export it"
+        raise UserError(f"cluster.env: {', '.join(missing)} {where} {fix}, or remove the name.")
 
 
 def evaluate_setup(lines: Sequence[str]) -> None:

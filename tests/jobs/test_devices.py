@@ -38,7 +38,15 @@ def test_nvidia_smi_is_asked_where_there_are_no_device_files(tmp_path: Path, mon
 
 def test_auto_without_a_gpu_takes_the_cpu_and_says_why(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(devices, "count_gpus", lambda: (0, "no device files"))
-    assert devices.accelerator("auto", 8) == ("cpu", "no GPU here (no device files)")
+    assert devices.accelerator("auto", 1) == ("cpu", "no GPU here (no device files)")
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cpu"])
+def test_more_ranks_than_cores_are_warned_of_and_not_refused(monkeypatch, wanted):
+    monkeypatch.setattr(devices, "count_gpus", lambda: (0, "made up"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert devices.accelerator(wanted, 64)[1].endswith("; warning: 64 ranks share 2 cores")
+    assert "warning" not in devices.accelerator(wanted, 2)[1]
 
 
 @pytest.mark.parametrize("wanted", ["auto", "cuda"])

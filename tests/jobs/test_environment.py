@@ -47,6 +47,15 @@ def test_missing_variables_are_named_all_at_once_and_values_never_shown(monkeypa
     assert "secret" not in str(caught.value)
 
 
+def test_a_variable_that_set_up_exports_is_there_and_one_that_it_does_not_is_said_to_be_missing_after_it(
+    own_environment,
+):
+    evaluate_setup(["export BY_SETUP=1"])
+    require_variables(["BY_SETUP"], after_setup=True)
+    with pytest.raises(UserError, match=r"ABSENT not set, and cluster.setup has run"):
+        require_variables(["BY_SETUP", "ABSENT"], after_setup=True)
+
+
 def test_missing_train_extra_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
     with pytest.raises(UserError, match=r'torch.*pip install "train-launcher\[train\]"'):

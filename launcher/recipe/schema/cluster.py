@@ -18,7 +18,8 @@ class Cluster:
     accelerator: auto takes the GPUs where there are any, else the CPU
     gpu_memory_gib: memory of one GPU in GiB; null: the plan is not checked against it
     time_limit_min: minutes after which the run checkpoints and stops as if preempted; null: none
-    env: names of environment variables a job needs (secrets: the name alone is ever written)
+    env: names of environment variables a job needs (secrets: the name alone is ever written); each must be set
+        when the set-up lines have run, which may export it
     setup: shell lines run before the job, as `module load cuda`; taken as they are, without interpolation
     """
 
