@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from launcher.errors import Problem, RecipeError
-from launcher.recipe.compose import Composed, draft
+from launcher.recipe.compose import Composed, draft, in_order
 from launcher.recipe.paths import (
     DATA_ENDINGS,
     check_data_paths,
@@ -20,6 +20,10 @@ from launcher.recipe.paths import (
 )
 from launcher.recipe.read import shown
 from launcher.recipe.schema import check_sections
+from launcher.recipe.tree import within
+
+_WORLD = ("cluster.nodes", "cluster.nproc_per_node")
+_CPU_ATTENTION = ("auto", "sdpa", "eager")  # flex has a forward pass on the CPU, but none backward
 
 Rule = Callable[[Composed], Iterator[Problem]]
 
@@ -34,25 +38,38 @@ def load(path: Path | str, overrides: Sequence[str] = (), *, new: bool = True) -
         RecipeError: every problem of composition and every broken rule, each with key, value, fix and place.
     """
     drafted = draft(path, overrides, resolved=not new)
-    problems = [*drafted.problems, *check(drafted.composed, skip=drafted.broken, new=new)]
-    if problems:
-        raise RecipeError(problems, shown(drafted.composed.path))
+    problems = check(drafted.composed, broken=drafted.broken, lost=drafted.lost, new=new)
+    if problems := [*drafted.problems, *problems]:
+        raise RecipeError(in_order(problems), shown(drafted.composed.path))
     recipe = drafted.composed.recipe
     recipe.run.name = recipe.run.name or drafted.composed.path.stem
     make_absolute(recipe)
     return drafted.composed
 
 
-def check(composed: Composed, *, skip: Collection[str] = (), new: bool = True) -> list[Problem]:
-    """Every broken rule, inside a section and between sections; rules that read a section in `skip` are left out."""
-    problems = [*check_sections(composed.recipe, skip=skip)]
-    wrong = {*skip, *(problem.key.partition(".")[0] for problem in problems)}
-    for sections, rule in RULES:
-        if not set(sections) & set(skip) and (new or rule is not _batch):
-            problems += rule(composed)
-    if not problems and not wrong:
-        problems += _memory(composed)  # arithmetic on values that all make sense
-    return [p if p.where else replace(p, where=composed.where(p.key)) for p in problems]
+def check(
+    composed: Composed, *, broken: Collection[str] = (), lost: Collection[str] = (), new: bool = True
+) -> list[Problem]:
+    """Every broken rule, inside a section and between sections; nothing that rests on a key in `broken` or a wrong one.
+
+    broken: keys that hold a stand-in
+    lost: keys of which nothing is said if they are not given
+    """
+    broken = {*broken, *(key for key in (*composed.origins, *lost) if within(key, lost) and not composed.where(key))}
+    problems = _news(composed, check_sections(composed.recipe), broken)
+    wrong = {*broken, *(problem.key for problem in problems)}
+    for rule in RULES:
+        if new or rule is not _batch:
+            problems += _news(composed, rule(composed), wrong)
+    if not problems and not broken:
+        problems += _news(composed, _memory(composed), ())  # arithmetic on values that all make sense
+    return problems
+
+
+def _news(composed: Composed, problems: Iterable[Problem], broken: Collection[str]) -> list[Problem]:
+    """The problems that are no mere consequence of what is broken, with their places."""
+    placed = (p if p.where else replace(p, where=composed.where(p.key)) for p in problems)
+    return [p for p in placed if not any(within(key, broken) for key in (p.key, *p.because))]
 
 
 def _batch(composed: Composed) -> Iterator[Problem]:
@@ -66,7 +83,8 @@ def _batch(composed: Composed) -> Iterator[Problem]:
     if train.global_batch_size % world == 0:
         fits = max(size for size in _divisors(train.global_batch_size // world) if size <= train.micro_batch_size)
         fix = f"Nearest: {near}; or train.micro_batch_size={fits}."
-    yield Problem("train.global_batch_size", train.global_batch_size, allowed, fix)
+    because = ("train.micro_batch_size", *_WORLD)
+    yield Problem("train.global_batch_size", train.global_batch_size, allowed, fix, because=because)
 
 
 def _mesh(composed: Composed) -> Iterator[Problem]:
@@ -78,7 +96,9 @@ def _mesh(composed: Composed) -> Iterator[Problem]:
     replicate, shard = strategy.replicate, strategy.shard
     if strategy.kind == "ddp":
         if replicate not in (None, world):
-            yield Problem("strategy.replicate", replicate, f"null or {size} with ddp", "Remove the key.")
+            yield Problem(
+                "strategy.replicate", replicate, f"null or {size} with ddp", "Remove the key.", because=_WORLD
+            )
         return
     odd = [
         (key, value)
@@ -86,11 +106,13 @@ def _mesh(composed: Composed) -> Iterator[Problem]:
         if value is not None and value > 0 and world % value
     ]
     for key, value in odd:
-        yield Problem(f"strategy.{key}", value, f"a divisor of {size}", f"Use {_nearest_divisors(value, world)}.")
+        fix = f"Use {_nearest_divisors(value, world)}."
+        yield Problem(f"strategy.{key}", value, f"a divisor of {size}", fix, because=("strategy.kind", *_WORLD))
     if not odd and replicate and shard and replicate * shard != world:
         yield Problem(
             "strategy.replicate", replicate, f"{world // shard}, so that replicate x shard is {size}",
             f"Write {world // shard}, or leave one of the two out.",
+            because=("strategy.kind", "strategy.shard", *_WORLD),
         )  # fmt: skip
 
 
@@ -98,9 +120,10 @@ def _lengths(composed: Composed) -> Iterator[Problem]:
     train, optimizer = composed.recipe.train, composed.recipe.optimizer
     if train.max_steps is not None and optimizer.warmup_steps is not None and optimizer.warmup_steps > train.max_steps:
         fix = f"Write at most {train.max_steps}, or warmup_ratio=0.03."
+        allowed = f"train.max_steps = {train.max_steps} steps or fewer"
         yield Problem(
-            "optimizer.warmup_steps", optimizer.warmup_steps, f"train.max_steps = {train.max_steps} steps or fewer", fix
-        )
+            "optimizer.warmup_steps", optimizer.warmup_steps, allowed, fix, because=("train.max_steps",)
+        )  # fmt: skip
 
 
 def _positions(composed: Composed) -> Iterator[Problem]:
@@ -108,7 +131,8 @@ def _positions(composed: Composed) -> Iterator[Problem]:
     config = model.config or folder_config(model.name) or {}
     longest = config.get("max_position_embeddings", config.get("n_positions"))
     if isinstance(longest, int) and seq_len > longest:
-        yield Problem("data.seq_len", seq_len, f"at most the {longest} positions of the model", f"Write {longest}.")
+        allowed = f"at most the {longest} positions of the model"
+        yield Problem("data.seq_len", seq_len, allowed, f"Write {longest}.", because=("model.name", "model.config"))
 
 
 def _evaluation(composed: Composed) -> Iterator[Problem]:
@@ -119,6 +143,7 @@ def _evaluation(composed: Composed) -> Iterator[Problem]:
             every,
             "null, because there are no evaluation data",
             "Give data.eval or data.eval_fraction.",
+            because=("data.eval", "data.eval_fraction"),
         )
 
 
@@ -128,14 +153,16 @@ def _checkpoints(composed: Composed) -> Iterator[Problem]:
     if every and keep and keep > 0 and keep % every and checkpoint.every_minutes is None:
         near = max(1, round(keep / every)) * every
         yield Problem(
-            "checkpoint.keep_every_steps", keep, f"a multiple of checkpoint.every_steps = {every}", f"Nearest: {near}."
-        )
+            "checkpoint.keep_every_steps", keep, f"a multiple of checkpoint.every_steps = {every}",
+            f"Nearest: {near}.", because=("checkpoint.every_steps", "checkpoint.every_minutes"),
+        )  # fmt: skip
 
 
 def _objective(composed: Composed) -> Iterator[Problem]:
     data = composed.recipe.data
     if composed.recipe.objective.kind == "pretrain" and data.train_on == "last_assistant":
-        yield Problem("data.train_on", data.train_on, "all, because pretrain learns every token", "Remove the key.")
+        fix = "Write all, or remove the key."
+        yield Problem("data.train_on", data.train_on, "all, because pretrain learns every token", fix)
 
 
 def _sources(composed: Composed) -> Iterator[Problem]:
@@ -143,7 +170,10 @@ def _sources(composed: Composed) -> Iterator[Problem]:
         for i, source in enumerate(sources):
             if source.tags and source.format not in ("auto", "sharegpt", "messages"):
                 yield Problem(
-                    f"data.{key}.{i}.tags", source.tags, f"null with format {source.format}, which has no tags"
+                    f"data.{key}.{i}.tags",
+                    source.tags,
+                    f"null with format {source.format}, which has no tags",
+                    "Remove the key.",
                 )
             for name in ("split", "subset"):
                 if getattr(source, name) is not None and source.path.endswith(DATA_ENDINGS):
@@ -163,24 +193,31 @@ def _model_source(composed: Composed) -> Iterator[Problem]:
     if model.name is None or looks_like_path(model.name):
         what = "a folder" if model.name else "model.config"
         yield Problem(
-            "model.revision", model.revision, f"null with {what}: only a hub model has revisions", "Remove the key."
+            "model.revision",
+            model.revision,
+            f"null with {what}: only a hub model has revisions",
+            "Remove the key.",
+            because=("model.name", "model.config"),
         )
 
 
 def _device(composed: Composed) -> Iterator[Problem]:
     model, cluster, train = composed.recipe.model, composed.recipe.cluster, composed.recipe.train
     if model.dtype == "bf16" and train.precision == "fp16":
-        yield Problem("train.precision", "fp16", "auto or bf16 with model.dtype = bf16")
+        fix = "Write auto, or model.dtype=fp32."
+        yield Problem("train.precision", "fp16", "auto or bf16 with model.dtype = bf16", fix)
     if cluster.accelerator != "cpu":
         return
     if train.precision == "fp16":
-        yield Problem("train.precision", "fp16", "auto, fp32 or bf16 on the CPU")
+        yield Problem("train.precision", "fp16", "auto, fp32 or bf16 on the CPU", "Write auto.")
     if model.liger is True:
-        yield Problem("model.liger", True, "auto or false on the CPU, its kernels need a GPU")
-    if model.attention in ("flash_attention_3", "flash_attention_2", "varlen"):
-        yield Problem("model.attention", model.attention, "auto, sdpa or eager on the CPU")
+        yield Problem("model.liger", True, "auto or false on the CPU, its kernels need a GPU", "Write auto.")
+    if model.attention not in _CPU_ATTENTION:
+        allowed = "auto, sdpa or eager on the CPU (cluster.accelerator = cpu), the others train on a GPU alone"
+        yield Problem("model.attention", model.attention, allowed, "Write auto.")
     if cluster.gpu_memory_gib is not None:
-        yield Problem("cluster.gpu_memory_gib", cluster.gpu_memory_gib, "null with accelerator = cpu")
+        fix = "Remove the key."
+        yield Problem("cluster.gpu_memory_gib", cluster.gpu_memory_gib, "null with cluster.accelerator = cpu", fix)
 
 
 def _memory(composed: Composed) -> Iterator[Problem]:
@@ -199,20 +236,20 @@ def _memory(composed: Composed) -> Iterator[Problem]:
     yield from memory_problems(recipe, plan)
 
 
-RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
-    (("model",), _model_source),
-    (("model",), lambda composed: check_model_paths(composed.recipe)),
-    (("data",), lambda composed: check_data_paths(composed.recipe)),
-    (("run", "data"), lambda composed: check_output_paths(composed.recipe)),
-    (("data",), _sources),
-    (("objective", "data"), _objective),
-    (("model", "data"), _positions),
-    (("train", "cluster"), _batch),
-    (("train", "data"), _evaluation),
-    (("train", "optimizer"), _lengths),
-    (("strategy", "cluster"), _mesh),
-    (("checkpoint",), _checkpoints),
-    (("model", "train", "cluster"), _device),
+RULES: tuple[Rule, ...] = (
+    _model_source,
+    lambda composed: check_model_paths(composed.recipe),
+    lambda composed: check_data_paths(composed.recipe),
+    lambda composed: check_output_paths(composed.recipe),
+    _sources,
+    _objective,
+    _positions,
+    _batch,
+    _evaluation,
+    _lengths,
+    _mesh,
+    _checkpoints,
+    _device,
 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,12 @@ class Composed:
 
 @dataclass(slots=True)
 class Draft:
-    """A composition with its complaints; `broken` names the sections whose values are not all the user's."""
+    """A composition with its complaints; `broken` and `lost` as in `Typed`."""
 
     composed: Composed
     problems: list[Problem]
     broken: set[str]
+    lost: set[str]
 
 
 def compose(path: Path | str, overrides: Sequence[str] = ()) -> Composed:
@@ -95,11 +96,16 @@ def draft(path: Path | str, overrides: Sequence[str] = (), *, resolved: bool = F
     if unreadable := [problem for problem in problems if problem.key == "recipe"]:
         raise RecipeError(unreadable, shown(file))  # all else would be said of keys that could not be read
     _interpolate(tree, problems, everywhere=not resolved)
-    typed = build(tree)
+    typed = build(tree, lost=SECTIONS if any(problem.key == "extends" for problem in problems) else ())
+    broken = typed.broken | {problem.key.removesuffix(".preset") for problem in problems}
+    problems = in_order([*problems, *typed.problems])
+    return Draft(Composed(typed.recipe, typed.origins, file), problems, broken, typed.lost)
+
+
+def in_order(problems: Iterable[Problem]) -> list[Problem]:
+    """Problems in the order of the sections; what belongs to none comes first."""
     order = {section: i for i, section in enumerate(SECTIONS)}
-    problems = sorted([*problems, *typed.problems], key=lambda problem: order.get(problem.key.partition(".")[0], -1))
-    broken = typed.broken | {problem.key.partition(".")[0] for problem in problems}
-    return Draft(Composed(typed.recipe, typed.origins, file), problems, broken)
+    return sorted(problems, key=lambda problem: order.get(problem.key.partition(".")[0], -1))
 
 
 def _levels(file: Path, cluster: str, overrides: Sequence[str], problems: list[Problem]) -> Iterator[Node]:

@@ -44,30 +44,30 @@ _ELSEWHERE = {
 }
 
 
-def suggestion(key: str, allowed: list[str]) -> str:
-    """A sentence naming the nearest key: in this section, by name in another one, then by likeness anywhere.
+def meant(key: str, allowed: list[str]) -> str:
+    """The nearest key, with a remark where one is needed: in this section, by name in another, then by likeness.
 
-    key: the dotted key nobody knows; allowed: names that its mapping knows.
+    key: the dotted key nobody knows; allowed: names that its mapping knows. Empty when nothing is near.
     """
     name = key.rpartition(".")[2]
-    elsewhere = [full for full in _keys() if full.rpartition(".")[2] == name]
-    if close := difflib.get_close_matches(name, allowed, n=1, cutoff=0.75):
+    elsewhere = [full for full in known_keys() if full.rpartition(".")[2] == name]
+    if name in _ELSEWHERE:
+        found = _ELSEWHERE[name]
+    elif close := difflib.get_close_matches(name, allowed, n=1, cutoff=0.75):
         found = f"{key.rpartition('.')[0]}.{close[0]}".lstrip(".")
     elif elsewhere:
         found = elsewhere[0]
-    elif name in _ELSEWHERE:
-        found = _ELSEWHERE[name]
     elif close := difflib.get_close_matches(name, allowed, n=1, cutoff=0.55):
         found = f"{key.rpartition('.')[0]}.{close[0]}".lstrip(".")
-    elif close := difflib.get_close_matches(name, [full.rpartition(".")[2] for full in _keys()], n=1, cutoff=0.7):
-        found = next(full for full in _keys() if full.rpartition(".")[2] == close[0])
+    elif close := difflib.get_close_matches(name, [full.rpartition(".")[2] for full in known_keys()], n=1, cutoff=0.7):
+        found = next(full for full in known_keys() if full.rpartition(".")[2] == close[0])
     else:
         return ""
-    return f"Did you mean {found}?"
+    return found
 
 
 @cache
-def _keys() -> list[str]:
+def known_keys() -> list[str]:
     """Every dotted key of a recipe, shallow ones first."""
     found: list[str] = []
     _collect(Recipe, "", found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,3 +96,8 @@ def _merge_items(lower: Node, upper: Node, problems: list[Problem], key: str) ->
             expected = f"an index from 0 to {len(items)}"
             problems.append(Problem(f"{key}.{index}", node.plain(), expected, fix, str(node.origin)))
     return Node(items, upper.origin if lower.origin is DEFAULT else lower.origin)
+
+
+def within(key: str, keys: Collection[str]) -> bool:
+    """Whether a dotted key is one of `keys`, or lies below one."""
+    return any(key == other or key.startswith(f"{other}.") for other in keys)

@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from launcher.errors import Problem, nearest
-from launcher.recipe.names import suggestion
+from launcher.recipe.names import meant
 from launcher.recipe.schema import MISSING, Recipe, to_dict
 from launcher.recipe.schema._docs import describe, field_docs
-from launcher.recipe.tree import BAD, DEFAULT, Node, Origin, leaves
+from launcher.recipe.tree import BAD, DEFAULT, Node, Origin, leaves, within
+
+_NOT_GIVEN = "(missing)"
+_NOT_FINITE = ("nan", "inf", "infinity")
+_THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?")
 
 
 @dataclass(slots=True)
 class Typed:
-    """A recipe as far as it could be built; `broken` names the sections that hold a default in place of a bad value."""
+    """A recipe as far as it could be built.
+
+    broken: keys that hold a stand-in for a value that was complained of
+    lost: keys that were probably given, but under a name that nobody knows or where nothing could be read
+    """
 
     recipe: Recipe
     origins: dict[str, Origin]
     problems: list[Problem]
     broken: set[str]
+    lost: set[str]
 
 
-def build(tree: Node) -> Typed:
-    """The typed recipe of a merged tree, with the origin of every leaf (`data.train.0.path`)."""
-    builder = _Builder()
+def build(tree: Node, *, lost: Collection[str] = ()) -> Typed:
+    """The typed recipe of a merged tree, with the origin of every leaf (`data.train.0.path`).
+
+    lost: keys that may have been given where nothing could be read: they are not complained of as missing
+    """
+    builder = _Builder(lost={*lost})
     recipe = builder.convert(Recipe, tree, "")
     for key, _ in leaves(to_dict(recipe)):  # what nobody wrote comes from the schema
         builder.origins.setdefault(key, DEFAULT)
-    return Typed(recipe, builder.origins, builder.problems, builder.broken)
+    if builder.problems or builder.broken:
+        _fill(recipe)
+    problems = [p for p in builder.problems if p.value != _NOT_GIVEN or not within(p.key, builder.lost)]
+    return Typed(recipe, builder.origins, problems, builder.broken, builder.lost)
 
 
 @dataclass(slots=True)
@@ -39,17 +56,18 @@ class _Builder:
     origins: dict[str, Origin] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
 
     def complain(self, node: Node, key: str, expected: str, fix: str = "", *, value: Any = None) -> Any:
         where = "" if node.origin is DEFAULT else str(node.origin)
         self.problems.append(Problem(key, node.plain() if value is None else value, expected, fix, where))
-        self.broken.add(key.partition(".")[0])
+        self.broken.add(key)
         return BAD
 
     def convert(self, hint: Any, node: Node, key: str) -> Any:
         """The value of `node` as `hint`, or BAD after a complaint."""
         if node.value is BAD:
-            self.broken.add(key.partition(".")[0])
+            self.broken.add(key)
             return BAD
         if isinstance(node.value, str) and node.value == MISSING:
             return self.complain(node, key, describe(hint))
@@ -92,14 +110,16 @@ class _Builder:
     def unknown(self, node: Node, key: str, allowed: list[str]) -> None:
         section = key.rpartition(".")[0]
         expected = f"a key of {section}" if section else "a section"
-        fix = suggestion(key, allowed) or f"There are: {', '.join(allowed)}."
+        probably = meant(key, allowed)
+        fix = f"Did you mean {probably}?" if probably else f"There are: {', '.join(allowed)}."
         value = "{...}" if isinstance(node.value, dict) else node.plain()
         self.complain(node, key, f"{expected}; this one is unknown", fix, value=value)
-        self.broken.discard(key)  # an unknown section breaks none
+        if probably:
+            self.lost.add(probably.partition(" ")[0])
 
     def missing(self, cls: type, name: str, hint: Any, node: Node, key: str) -> None:
         meaning = field_docs(cls)[name]
-        self.complain(node, key, f"{describe(hint)} ({meaning})", "It has no default: give it.", value="(missing)")
+        self.complain(node, key, f"{describe(hint)} ({meaning})", "It has no default: give it.", value=_NOT_GIVEN)
 
     def items(self, hint: Any, inner: Any, node: Node, key: str) -> Any:
         if not isinstance(node.value, list):
@@ -111,6 +131,8 @@ class _Builder:
         if not node.value:
             self.origins[key] = node.origin
         values = [self.convert(inner, item, f"{key}.{i}") for i, item in enumerate(node.value)]
+        if any(value is BAD for value in values):
+            self.broken.add(key)  # its length and the numbers of its items are no longer the user's
         return [value for value in values if value is not BAD]
 
     def mapping(self, hint: Any, node: Node, key: str) -> Any:
@@ -150,6 +172,8 @@ class _Builder:
             return self.complain(node, key, "a finite number")
         if type(value) is hint:
             return self.leaf(node, key)
+        if hint is float and isinstance(value, str) and value.strip().lower().lstrip("+-.") in _NOT_FINITE:
+            return self.complain(node, key, "a finite number")
         return self.complain(node, key, describe(hint), _fix(hint, value))
 
 
@@ -162,12 +186,32 @@ def _fix(hint: type, value: Any) -> str:
     if hint is bool and value in (0, 1, "true", "false", "True", "False"):
         return f"Write {'true' if value in (1, 'true', 'True') else 'false'}, without quotes."
     if hint in (int, float) and isinstance(value, str):
-        try:
-            float(value.replace(",", ""))
-        except ValueError:
-            return ""
-        return f"Write {value.replace(',', '')}, without quotes or commas."
+        return _number_fix(hint, value.strip())
     return ""
+
+
+def _number_fix(hint: type, text: str) -> str:
+    """The number that a text plainly is, commas between thousands included; "5,6" may be 5.6, 56 or two numbers."""
+    plain = text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
+    try:
+        number = float(plain)
+    except ValueError:
+        return ""
+    if not math.isfinite(number) or (hint is int and not number.is_integer()):
+        return ""
+    written = str(int(number)) if hint is int and not plain.lstrip("+-").isdigit() else plain
+    return f"Write {written}, without {'commas' if plain != text else 'quotes'}."
+
+
+def _fill(section: Any) -> None:
+    """Put something of the right type where a required value is missing, so that rules can look at all the others."""
+    for f in fields(section):
+        value = getattr(section, f.name)
+        if isinstance(value, str) and value == MISSING:
+            setattr(section, f.name, "" if f.type == "str" else 1)
+        for inner in value if isinstance(value, list) else [value]:
+            if is_dataclass(inner):
+                _fill(inner)
 
 
 def _mapping_words(cls: type, key: str) -> str:

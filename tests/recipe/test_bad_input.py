@@ -215,9 +215,80 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_sections(here: Path):
     with pytest.raises(RecipeError) as error:
         load("recipe.yaml", ["optimizer.lr=-1", "run.name=a/b"])
     keys = [problem.key for problem in error.value.problems]
-    assert keys == ["lr", "strategy.kind", "cluster.time_limit_min", "run.name", "optimizer.lr"]
+    assert keys == [
+        "lr", "run.name", "optimizer.lr", "strategy.kind", "strategy.shard", "cluster.time_limit_min", "cluster.nodes",
+    ]  # fmt: skip
     assert error.value.key == "lr"
-    assert str(error.value).startswith("recipe.yaml: 5 problems\n  line 6: lr = 1: expected a section")
+    assert str(error.value).startswith("recipe.yaml: 7 problems\n  line 6: lr = 1: expected a section")
+
+
+def problems(here: Path, text: str, *overrides: str) -> dict[str, str]:
+    """Key and text of every problem."""
+    write(here, text)
+    with pytest.raises(RecipeError) as error:
+        load("recipe.yaml", overrides)
+    return {problem.key: str(problem) for problem in error.value.problems}
+
+
+def test_an_empty_recipe_is_told_all_that_it_needs_in_one_round(here: Path):
+    found = problems(here, "# nothing yet\n")
+    assert list(found) == ["model.name", "data.seq_len", "data.train", "train.global_batch_size", "train.max_steps"]
+    needed = ["model.name=a/b", "data.seq_len=8", "data.train=[{path: chat.jsonl}]", "train.global_batch_size=1"]
+    load("recipe.yaml", [*needed, "train.max_steps=1"])
+
+
+def test_what_was_meant_by_an_unknown_key_is_not_called_missing(here: Path):
+    found = problems(here, "model: {name: a/b}\ndataset: x\ntrain: {epoch: 1, batch_size: 8}\ndata: {max_length: 8}\n")
+    assert set(found) == {"dataset", "train.epoch", "train.batch_size", "data.max_length"}
+
+
+def test_a_base_that_cannot_be_read_may_hold_all_that_is_not_given(here: Path):
+    assert set(problems(here, "extends: nowhere.yaml\noptimizer: {lr: -1}\n")) == {"extends", "optimizer.lr"}
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", ".nan", "inf", "-inf", ".inf", "Infinity", "1e999"])
+@pytest.mark.parametrize("key", ["optimizer.lr", "optimizer.betas", "train.epochs", "data.train.0.weight"])
+def test_a_number_that_is_not_finite_is_refused_as_that(here: Path, key: str, text: str):
+    given = f"{key}=[{text}, 0.9]" if key == "optimizer.betas" else f"{key}={text}"
+    ((_, said),) = problems(here, GOOD, given).items()
+    assert said.endswith("expected a finite number.")
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        ("train.max_steps=5,6", ""),
+        ("train.max_steps=1,0000", ""),
+        ("train.max_steps=nan", ""),
+        ("train.max_steps='5.5'", ""),
+        ("train.max_steps=10,000", "Write 10000, without commas."),
+        ("train.max_steps='10'", "Write 10, without quotes."),
+        ("train.max_steps='1e3'", "Write 1000, without quotes."),
+        ("optimizer.lr='1e-5'", "Write 1e-5, without quotes."),
+        ("optimizer.lr=1,5", ""),
+    ],
+)
+def test_a_number_is_suggested_only_where_it_is_plain_which(here: Path, given: str, fix: str):
+    ((_, said),) = problems(here, GOOD, given).items()
+    assert said.endswith(f"number. {fix}" if fix else "number.")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.max_steps=-1", "optimizer.warmup_steps=5"],
+        ["train.max_steps=x", "optimizer.warmup_steps=5"],
+        ["train.epochs=x", "train.max_steps=null"],
+        ["train.micro_batch_size=0"],
+        ["cluster.nproc_per_node=x", "train.global_batch_size=7", "strategy.shard=3"],
+        ["optimizer.betas=[x, 0.9]"],
+        ["strategy.offload.params=x", "strategy.offload.optimizer=cpu"],
+        ["data.eval_fraction=x", "train.eval_every_steps=2"],
+    ],
+    ids=" ".join,
+)
+def test_nothing_is_said_that_only_follows_from_another_mistake(here: Path, overrides: list[str]):
+    assert len(problems(here, GOOD, *overrides)) == 1
 
 
 def test_a_recipe_that_is_not_there_names_the_nearest_one(here: Path):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import Problem, RecipeError
-from launcher.recipe.check import RULES, load
+from launcher.recipe.check import load
+from launcher.recipe.names import known_keys
 from tests.recipe.make import GOOD, loaded, write
 
 CONFIG = "{model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4}"
@@ -113,6 +114,11 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         ["cluster.accelerator=cpu", "model.attention=varlen"],
         "model.attention",
         ["auto, sdpa or eager"],
+    ),
+    "flex attention on the CPU, which has no backward pass": (
+        ["cluster.accelerator=cpu", "model.attention=flex"],
+        "model.attention",
+        ["auto, sdpa or eager", "cluster.accelerator = cpu", "Write auto."],
     ),
     "GPU memory on the CPU": (
         ["cluster.accelerator=cpu", "cluster.gpu_memory_gib=8"],
@@ -229,7 +235,7 @@ def test_rules_still_run_when_another_section_is_broken(here: Path):
     assert keys == {"optimizer.lr", "strategy.shard", "train.global_batch_size"}
 
 
-def test_a_rule_is_left_out_when_a_section_it_reads_is_broken(here: Path):
+def test_a_rule_is_left_out_when_a_key_it_reads_is_broken(here: Path):
     assert [problem.key for problem in problems(here, "cluster.nodes=x", "strategy.shard=3")] == ["cluster.nodes"]
 
 
@@ -258,10 +264,12 @@ def test_an_architecture_that_does_not_add_up_is_a_problem_of_the_config(here: P
     assert problem.where == "recipe.yaml:1"
 
 
-def test_every_rule_names_sections_that_exist():
-    from launcher.recipe.compose import SECTIONS
-
-    assert {section for sections, _ in RULES for section in sections} <= set(SECTIONS)
+def test_every_problem_rests_on_keys_that_exist(here: Path):
+    (here / "empty").mkdir()
+    for overrides, _, _ in CASES.values():
+        for problem in problems(here, *overrides):
+            named = {key.removeprefix("model.config.") for key in problem.because} - {"model_type"}
+            assert named <= set(known_keys()), problem
 
 
 def test_a_bare_word_is_a_hub_id_until_something_of_that_name_exists(here: Path):

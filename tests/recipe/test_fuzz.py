@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from launcher.errors import RecipeError
 from launcher.recipe.check import load
-from launcher.recipe.names import _keys
+from launcher.recipe.names import known_keys
 from launcher.recipe.read import dump
 
 SETTINGS = settings(
@@ -23,7 +23,9 @@ WORDS = st.sampled_from(
     ["auto", "ddp", "a/b", "./x", "${train.seed}", "${a", "???", "chat.jsonl", "*", "[", "", "llama"]
 )
 SCALARS = st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | WORDS | st.text(max_size=5)
-KEYS = st.sampled_from(sorted({part for key in _keys() for part in key.split(".")} | {"preset", "extends", "0", "x"}))
+KEYS = st.sampled_from(
+    sorted({part for key in known_keys() for part in key.split(".")} | {"preset", "extends", "0", "x"})
+)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=8
 )
@@ -52,7 +54,7 @@ PIECES = st.sampled_from(
         "}",
     ]
 )
-ARGUMENTS = st.lists(PIECES, max_size=8).map("".join) | st.tuples(st.sampled_from(_keys()), SCALARS).map(
+ARGUMENTS = st.lists(PIECES, max_size=8).map("".join) | st.tuples(st.sampled_from(known_keys()), SCALARS).map(
     lambda pair: f"{pair[0]}={pair[1]}"
 )
 

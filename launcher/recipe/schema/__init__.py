@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -66,11 +66,10 @@ class Recipe:
     cluster: Cluster = field(default_factory=Cluster)
 
 
-def check_sections(recipe: Recipe, *, skip: Collection[str] = ()) -> Iterator[Problem]:
-    """Every section's own rules, but for those in `skip`; rules between sections are in `launcher.recipe.check`."""
+def check_sections(recipe: Recipe) -> Iterator[Problem]:
+    """Every section's own rules; rules between sections are in `launcher.recipe.check`."""
     for name, check in _CHECKS.items():
-        if name not in skip:
-            yield from check(getattr(recipe, name))
+        yield from check(getattr(recipe, name))
 
 
 _CHECKS: dict[str, Callable[[Any], Iterator[Problem]]] = {

@@ -44,11 +44,16 @@ def check(model: Model) -> Iterator[Problem]:
             "model.name",
             model.name,
             "either model.name or model.config",
-            "Give a hub id or folder, or an architecture.",
+            "Give a hub id or folder, or an architecture." if model.name is None else "Write null for one of the two.",
+            because=("model.config",),
         )
     if model.config is not None and "model_type" not in model.config:
         yield Problem(
-            "model.config", "(no model_type)", "a model_type, as in config.json", "Add e.g. model_type: llama."
+            "model.config",
+            "(no model_type)",
+            "a model_type, as in config.json",
+            "Add e.g. model_type: llama.",
+            because=("model.config.model_type",),
         )
     if model.config is not None and model.tokenizer is None:
         yield Problem("model.tokenizer", None, "a hub id or folder, because model.config brings no tokenizer")

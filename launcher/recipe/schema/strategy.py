@@ -60,6 +60,7 @@ def check(strategy: Strategy) -> Iterator[Problem]:
         yield Problem(
             "strategy.offload.optimizer", offload.optimizer, f"{offload.params}, as offload.params",
             "fsdp2 keeps weights and moments in the same memory: set both to cpu, or both to none.",
+            because=("strategy.kind", "strategy.offload.params"),
         )  # fmt: skip
     if offload.nvme_path is not None:
         yield Problem("strategy.offload.nvme_path", offload.nvme_path, "null: ddp and fsdp2 cannot offload to nvme")
