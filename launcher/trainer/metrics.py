@@ -59,10 +59,10 @@ class MetricsWriter:
     def write(self, values: dict[str, Any]) -> None:
         """Append one line, and before it those that wait."""
         self._waiting.append((json.dumps(values) + "\n").encode())
+        self._flush()
         if len(self._waiting) > self._limit:
             del self._waiting[int(self._in_part)]
             self._lost += 1
-        self._flush()
 
     def sync(self) -> None:
         """Make the lines durable, as far as there is space."""

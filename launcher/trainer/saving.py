@@ -83,7 +83,7 @@ class Saver:
                 self.save(step)
             status = self._manager.wait()
             if status.state == "failed":
-                self._postpone(status.reason)
+                self._postpone(status.reason, then="It is tried again." if attempt + 1 < DURABLE_TRIES else "")
             if self._all(status.state != "failed", device):
                 return
         raise SaveError(f"step {step}: no checkpoint could be written in {DURABLE_TRIES} tries: {self._problem}")
@@ -95,14 +95,11 @@ class Saver:
         dist.all_reduce(bad)
         return not bad.item()
 
-    def _postpone(self, reason: str | None) -> None:
+    def _postpone(self, reason: str | None, *, then: str = "Training goes on and it is tried again.") -> None:
         self.saved_step, self._problem = None, reason or self._problem
         self._retry_at = time.monotonic() + self._retry_s
         if self._rank == 0:
-            print(
-                f"warning: no checkpoint was written: {self._problem}. Training goes on and it is tried again.",
-                flush=True,
-            )
+            print(f"warning: no checkpoint was written: {self._problem}. {then}".rstrip(), flush=True)
         self._retry_s = min(2 * self._retry_s, LONGEST_RETRY_S)
 
     def _state(self, step: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.run.control import read_outcomes, read_verdict
+from launcher.run.directory import RunDirectory
 from launcher.run.ledger import attempts, valid_checkpoints
 from launcher.run.state import read_state
 from tests.jobs.make import finish, launcher, losses, project, ranks_of, until
@@ -46,7 +47,6 @@ class Heard:
             thread.start()
 
     def _hear(self, pipe) -> None:
-        self.lines += []
         for line in pipe:
             self.lines.append(line)
         pipe.close()
@@ -74,15 +74,15 @@ def fill(disk: Path) -> Path:
     return file
 
 
-def filled_in_mid_run(disk: Path, project_folder: Path):
-    """(process, what it says, its run, the filler): all ranks stand still until SIGCONT, nothing is free."""
+def filled_in_mid_run(
+    disk: Path, project_folder: Path
+) -> tuple[subprocess.Popen[str], Heard, RunDirectory, Path, list[int]]:
+    """A process, what it says, its run, the filler, its ranks, which stand still until SIGCONT: no byte is free."""
     recipe = project(
         project_folder, train={"max_steps": STEPS}, checkpoint={"every_steps": 20, "async_save": True, "keep_last": 2}
     )
     process = launcher("run", recipe, f"run.dir={disk}")
     heard = Heard(process)
-    from launcher.run.directory import RunDirectory
-
     run = RunDirectory(disk / "tiny")
     until("a checkpoint", lambda: valid_checkpoints(run) or process.poll() is not None)
     assert process.poll() is None, heard.text()
@@ -101,7 +101,7 @@ def test_l7_a_run_on_a_full_disk_goes_on_says_so_and_is_whole_once_there_is_spac
     before = valid_checkpoints(run)[-1].step
     send(ranks, signal.SIGCONT)
     until("a warning", lambda: "metrics.jsonl cannot be written" in heard.text() or "its log cannot" in heard.text())
-    until("no step is written any more", lambda: "No space left on device" in heard.text())
+    assert "No space left on device" in heard.text()
     filler.unlink()
     text = heard.end(process, code=0)
     assert "Traceback" not in text

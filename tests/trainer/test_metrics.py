@@ -36,6 +36,43 @@ def test_the_last_line_of_a_step_counts_and_a_torn_line_is_skipped(tmp_path: Pat
     assert evaluations == [{"step": 3, "eval_loss": 2.2}]
 
 
+def test_lines_that_a_full_disk_does_not_take_wait_and_follow_whole_the_oldest_lost_beyond_a_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import resource
+    import signal
+
+    path, (soft, hard) = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    writer = MetricsWriter(path, limit=3)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (35, hard))  # in the middle of the second line; then writes raise
+        for step in range(1, 8):
+            writer.write({"step": step, "loss": 1.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert path.stat().st_size == 35
+    writer.write({"step": 8, "loss": 1.5})
+    writer.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 6, 7, 8]
+    said = capsys.readouterr().out
+    assert said.count("metrics.jsonl cannot be written (File too large). Training goes on") == 1
+    assert "3 lines could not be written and are lost" in said
+
+
+@pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"step": 1}\n{"st'])
+def test_the_part_of_a_line_that_a_kill_left_is_cut_off_by_the_next_attempt(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(torn)
+    writer = MetricsWriter(path)
+    writer.write({"step": 2})
+    writer.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}] * torn.count("\n") + [
+        {"step": 2}
+    ]
+
+
 def test_a_run_without_metrics_has_none(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == ([], [])
 
