@@ -29,7 +29,8 @@ def command(run: str, as_json: bool) -> None:
 
 
 def _lines(summary: dict[str, Any]) -> Iterator[str]:
-    loss = "" if summary["loss"] is None else f", loss {summary['loss']:.4f}"
+    at = "" if summary["loss_step"] == summary["step"] else f" at step {summary['loss_step']}"
+    loss = "" if summary["loss"] is None else f", loss {summary['loss']:.4f}{at}"
     step = f"step {progress(summary['step'], summary['total_steps'])}{loss}"
     yield f"run         {summary['run']} ({summary['path']})"
     yield f"state       {summary['status']}, {step}; {clock(summary['updated'])}"
@@ -62,7 +63,7 @@ def _remark(summary: dict[str, Any]) -> str:
 def _attempt(attempt: dict[str, Any]) -> tuple[str, ...]:
     end = attempt["end"]
     ended = f"{end['class']}, {clock(end['time'])}" if end else "-"
-    step = "-" if not end or end["step"] is None else str(end["step"])
+    step = "-" if attempt["last_step"] is None else str(attempt["last_step"])
     names = (str(attempt[key] or "-") for key in ("target", "job_id", "reason"))
     return (str(attempt["number"]), clock(attempt["time"]), *names, step, ended)
 

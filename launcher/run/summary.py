@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from launcher.run.state import State, read_state
 
 SUMMARY_VERSION = 1
 _TAIL_BYTES = 1 << 16  # some hundred lines of metrics
+_LONG_TAIL_BYTES = 1 << 22  # for attempts that were killed: read in some hundredths of a second
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
@@ -29,7 +31,8 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
     """Everything about where a run stands; reads the ends of files only, and waits for nothing."""
     known, state, checkpoints = attempts(run), read_state(run), valid_checkpoints(run)
     owner, alive = current_owner(run)
-    metrics = _last_metrics(run.metrics_file)
+    logged = _last_logged(run.metrics_file, [attempt for attempt in known if attempt.end_step is None])
+    metrics = logged[max(logged)] if logged else {}
     record = read_json(run.run_file) or {}
     last = checkpoints[-1] if checkpoints else None
     return {
@@ -41,10 +44,11 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
         "step": _step(state, metrics, last),
         "total_steps": _total_steps(run, state),
         "attempt": state.attempt,
-        "attempts": [_attempt(attempt) for attempt in known],
+        "attempts": [_attempt(attempt, logged.get(attempt.number, {}).get("step")) for attempt in known],
         "last_checkpoint": _checkpoint(last),
         "failure": _failure(run, state),
         "loss": _finite(metrics.get("loss")),
+        "loss_step": metrics.get("step"),
         "updated": state.time if state.time is not None else record.get("created"),
         "owner": {"host": owner.host, "pid": owner.pid, "alive": alive} if owner and not owner.released else None,
         "stop_requested": stop_reason(run),
@@ -64,11 +68,8 @@ def _status(state: State, alive: bool | None) -> str:
 def _step(state: State, metrics: dict[str, Any], last: CheckpointRef | None) -> int | None:
     """Finished steps as far as this attempt has told, else where it began or would begin."""
     logged = metrics.get("step") if metrics.get("attempt") == state.attempt else None
-    told = [step for step in (state.step, logged) if isinstance(step, int)]
-    if told and state.status == "running":
-        return max(told)
-    if state.step is not None:
-        return state.step
+    if told := [step for step in (state.step, logged) if isinstance(step, int)]:
+        return max(told)  # a killed rank's last state is older than its last figures
     return last.step if last else None
 
 
@@ -79,12 +80,13 @@ def _total_steps(run: RunDirectory, state: State) -> int | None:
     return None
 
 
-def _attempt(attempt: Attempt) -> dict[str, Any]:
+def _attempt(attempt: Attempt, logged: Any) -> dict[str, Any]:
     end = {"step": attempt.end_step, "class": attempt.end_class, "time": attempt.end_time} if attempt.ended else None
     return {
         "number": attempt.number, "target": attempt.target, "job_id": attempt.job_id, "nodes": attempt.nodes,
         "reason": attempt.reason, "accepts": list(attempt.accepts), "time": attempt.time, "host": attempt.host,
         "pid": attempt.pid, "launcher_version": attempt.launcher_version, "end": end,
+        "last_step": attempt.end_step if attempt.end_step is not None else logged,
     }  # fmt: skip
 
 
@@ -112,17 +114,29 @@ def _failure(run: RunDirectory, state: State) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _last_metrics(path: Path) -> dict[str, Any]:
-    """The last logged step of the newest attempt in sight; a stale attempt's late line does not count."""
+def _last_logged(path: Path, silent: Sequence[Attempt]) -> dict[int, dict[str, Any]]:
+    """The last logged step of each attempt in sight, by attempt.
+
+    Args:
+        silent: attempts without a last step in the ledger; for those before the newest the file is read further back
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for size in (_TAIL_BYTES, _LONG_TAIL_BYTES):
+        for line in parse_lines(_tail(path, size)):
+            if "loss" in line:
+                found[line.get("attempt") or 0] = line
+        if all(attempt.number in found for attempt in silent):
+            break
+    return found
+
+
+def _tail(path: Path, size: int) -> bytes:
     try:
         with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL_BYTES))
-            tail = file.read()
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read()
     except FileNotFoundError:
-        return {}
-    steps = [line for line in parse_lines(tail) if "loss" in line]
-    return max(enumerate(steps), key=lambda item: (item[1].get("attempt") or 0, item[0]), default=(0, {}))[1]
+        return b""
 
 
 def _finite(value: Any) -> float | None:

@@ -71,6 +71,7 @@ def test_status_as_json_is_the_documented_shape_and_the_same_by_name_and_by_path
     assert (summary["version"], summary["status"], summary["step"], summary["failure"]["rank"]) == (1, "failed", 60, 1)
     assert set(summary["attempts"][0]) == {
         "number", "target", "job_id", "nodes", "reason", "accepts", "time", "host", "pid", "launcher_version", "end",
+        "last_step",
     }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def test_summary_has_the_documented_keys_from_the_first_moment_on(tmp_path):
     summary = summarise(make_run(tmp_path))
     assert set(summary) == {
         "version", "run", "path", "run_id", "status", "step", "total_steps", "attempt", "attempts", "last_checkpoint",
-        "failure", "loss", "updated", "owner", "stop_requested", "verdict",
+        "failure", "loss", "loss_step", "updated", "owner", "stop_requested", "verdict",
     }  # fmt: skip
     assert (summary["run"], summary["status"], summary["attempt"], summary["attempts"]) == ("demo", "queued", 0, [])
     json.dumps(summary, allow_nan=False)
@@ -83,6 +83,39 @@ def test_line_that_a_stale_attempt_adds_late_is_not_the_loss(tmp_path):
     log(run, step=5, loss=2.0, attempt=2)
     log(run, step=99, loss=7.0, attempt=1)
     assert summarise(run)["loss"] == 2.0
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_step_and_loss_of_a_killed_attempt_are_those_that_it_logged_last(tmp_path, ended):
+    run = make_run(tmp_path)
+    attempt = start(run)
+    write_state(run, "running", attempt=attempt, step=84, total_steps=300)
+    for step in range(1, 92):
+        log(run, step=step, loss=100.0 - step, attempt=attempt)
+    if ended:
+        end_attempt(run, attempt, step=None, outcome_class="unknown")
+    summary = summarise(run)
+    assert (summary["step"], summary["loss"], summary["loss_step"]) == (91, 9.0, 91)
+    assert summary["attempts"][0]["last_step"] == 91
+
+
+def test_loss_says_its_own_step_when_the_run_goes_on_from_an_older_checkpoint(tmp_path):
+    run = make_run(tmp_path)
+    commit(run, step=80, attempt=start(run))
+    log(run, step=91, loss=9.0, attempt=1)
+    start(run)
+    summary = summarise(run)
+    assert (summary["step"], summary["loss"], summary["loss_step"]) == (80, 9.0, 91)
+    assert [attempt["last_step"] for attempt in summary["attempts"]] == [91, None]
+
+
+def test_a_killed_attempts_last_step_is_found_behind_a_long_later_one(tmp_path):
+    run = make_run(tmp_path)
+    log(run, step=7, loss=9.0, attempt=start(run))
+    attempt = start(run)
+    for step in range(1, 1001):
+        log(run, step=step, loss=1.0, attempt=attempt, filler="x" * 100)
+    assert [attempt["last_step"] for attempt in summarise(run)["attempts"]] == [7, 1000]
 
 
 def test_loss_that_is_no_number_is_null(tmp_path):
