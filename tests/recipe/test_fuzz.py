@@ -23,7 +23,8 @@ WORDS = st.sampled_from(
     ["auto", "ddp", "a/b", "./x", "${train.seed}", "${a", "???", "chat.jsonl", "*", "[", "", "llama"]
 )
 SCALARS = st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | WORDS | st.text(max_size=5)
-KEYS = st.sampled_from(
+PARTS = {part for key in known_keys() for part in key.split(".")}
+KEYS = st.sampled_from(sorted(PARTS | {"preset", "extends", "0", "x"}))
     sorted({part for key in known_keys() for part in key.split(".")} | {"preset", "extends", "0", "x"})
 )
 VALUES = st.recursive(
