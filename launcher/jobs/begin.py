@@ -1,4 +1,4 @@
-"""`python -m launcher.jobs.begin RECIPE [HOST:PORT]`: node 0's first act where torchrun starts the ranks: directory, data.
+"""`python -m launcher.jobs.begin RECIPE [HOST:PORT]`: node 0's first act where torchrun starts the ranks.
 
 For scripts made by `launcher render`; the ranks then start an attempt of their own and say how it ended.
 """

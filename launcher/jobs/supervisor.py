@@ -33,7 +33,7 @@ from launcher.run.directory import RunDirectory
 from launcher.run.files import read_json
 from launcher.run.ledger import end_attempt, start_attempt
 from launcher.run.reserve import give_up, insist, keep_back
-from launcher.run.state import StaleAttempt, read_state, write_state
+from launcher.run.state import StaleAttempt, reached_end, write_state
 
 _POLL_S = 0.05
 _OTHER_NODES_GRACE_S = 10.0  # after a failure elsewhere, for this node's ranks to notice it themselves
@@ -98,7 +98,7 @@ def written(run: RunDirectory) -> Iterator[None]:
 
 def is_finished(run: RunDirectory, recipe: Recipe, say: Callable[[str], None]) -> bool:
     """Whether nothing is left to do, which is then said."""
-    finished = read_state(run).status == "finished" and agrees(run, recipe)
+    finished = reached_end(run) and agrees(run, recipe)
     if finished:
         say(f"{run.path} is finished; a larger train.max_steps or train.epochs would lengthen it.")
     return finished
@@ -112,7 +112,7 @@ def ready_machine(recipe: Recipe, say: Callable[[str], None]) -> Machine:
     """
     evaluate_setup(recipe.cluster.setup)
     require_train_extra()
-    require_variables(recipe.cluster.env)
+    require_variables(recipe.cluster.env, after_setup=bool(recipe.cluster.setup))
     ranks = recipe.cluster.nproc_per_node
     device, why = accelerator(recipe.cluster.accelerator, ranks)
     threads = threads_per_rank(ranks)

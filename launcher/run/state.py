@@ -13,7 +13,7 @@ from launcher.run.ledger import Attempt, StaleAttempt, attempts, fenced
 
 STATUSES = ("running", "preempted", "finished", "failed")
 
-__all__ = ["STATUSES", "StaleAttempt", "State", "read_state", "write_state"]
+__all__ = ["STATUSES", "StaleAttempt", "State", "reached_end", "read_state", "write_state"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,14 @@ def read_state(run: RunDirectory) -> State:
     fixed = ("status", "attempt", "step", "time")
     more = {key: value for key, value in values.items() if key not in fixed}
     return State(**{key: values.get(key) for key in fixed}, more=more)  # type: ignore[arg-type]
+
+
+def reached_end(run: RunDirectory) -> bool:
+    """Whether the latest attempt finished, at the last step that data.json now asks for."""
+    state, data = read_state(run), read_json(run.data_file)
+    if state.status != "finished" or data is None:
+        return False
+    return state.step is None or state.step >= data["total_steps"]
 
 
 def _counts(values: dict[str, Any], latest: Attempt | None) -> bool:

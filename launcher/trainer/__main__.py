@@ -1,4 +1,4 @@
-"""One rank under plain torchrun: `torchrun ... -m launcher.trainer RUN`; ends 0 or 1, state.json says the rest.
+"""One rank under plain torchrun: `torchrun ... -m launcher.trainer RUN`; ends 0, 1 or 2, state.json says the rest.
 
 Without --attempt, rank 0 starts an attempt of its own in the run's ledger and holds the run's lease, as `launcher run`
 would, and the others are told its number.
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import EXIT_FAILED, EXIT_FINISHED, UserError
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from launcher.run.directory import RunDirectory
@@ -29,17 +29,39 @@ def main() -> None:
     parser.add_argument("--attempt", type=int, help="number of an attempt that was started by somebody else")
     arguments = parser.parse_args()
     try:
+        if _nothing_to_do(Path(arguments.run)):
+            exit_now(EXIT_FINISHED)
         with _attempt(Path(arguments.run), arguments.attempt) as attempt:
             from launcher.trainer.main import run_rank
 
             run_rank(arguments.run, attempt)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        exit_now(EXIT_FAILED)
+        exit_now(EXIT_USER_ERROR)
     except BaseException as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         exit_now(EXIT_FAILED)
     exit_now(EXIT_FINISHED)
+
+
+def _nothing_to_do(path: Path) -> bool:
+    """Whether the run is finished, which its first rank says; every rank reads the same before any of them meet.
+
+    Raises:
+        UserError: there is no run, or its data is not prepared.
+    """
+    from launcher.run.directory import RunDirectory
+    from launcher.run.state import reached_end
+
+    run = RunDirectory(path)
+    if not run.exists():
+        raise UserError(f"{path}: no run lies there. `python -m launcher.jobs.begin RECIPE` makes one.")
+    if not run.data_file.exists():
+        raise UserError(f"{path}: its data is not prepared. `python -m launcher.jobs.begin RECIPE` does that.")
+    finished = reached_end(run)
+    if finished and os.environ.get("RANK", "0") == "0":
+        print(f"{path} is finished; a larger train.max_steps or train.epochs would lengthen it.", flush=True)
+    return finished
 
 
 @contextlib.contextmanager

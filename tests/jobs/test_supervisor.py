@@ -14,7 +14,7 @@ from launcher.jobs.supervisor import _pass_on_stop, conclude
 from launcher.run.control import read_verdict, stop_reason, stop_requested
 from launcher.run.directory import RunDirectory
 from launcher.run.ledger import attempts, start_attempt
-from launcher.run.state import read_state, write_state
+from launcher.run.state import reached_end, read_state, write_state
 
 
 @pytest.fixture
@@ -55,6 +55,14 @@ def test_ranks_that_died_without_a_word_leave_state_failed(run):
     conclude(run, 1, Ending(status="failed", failure_class="unknown", step=5, message="killed"))
     state = read_state(run)
     assert (state.status, state.step, state.more["message"], read_verdict(run)) == ("failed", 5, "killed", "stop")
+
+
+@pytest.mark.parametrize(("total_steps", "over"), [(5, True), (8, False)])
+def test_a_finished_run_whose_data_were_prepared_for_more_steps_is_not_over(run, total_steps, over):
+    write_state(run, "finished", attempt=1, step=5)
+    assert not reached_end(run)  # nothing is prepared
+    run.data_file.write_text(json.dumps({"total_steps": total_steps}))
+    assert reached_end(run) is over
 
 
 def test_only_a_first_attempt_that_learnt_nothing_is_discarded(run):

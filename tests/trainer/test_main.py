@@ -36,9 +36,27 @@ def test_plain_torchrun_trains_a_prepared_run_and_keeps_its_ledger(tmp_path: Pat
     assert [c.step for c in valid_checkpoints(run)] == [3]
     assert read_state(run).status == "finished"
 
+    again = torchrun(run.path, 2)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.stdout.count("is finished") == 1
+    assert len(attempts(run)) == 1
+
 
 @pytest.mark.gloo
-def test_plain_torchrun_ends_with_1_and_says_so_when_the_recipe_is_wrong(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("prepared", "words"), [(False, "no run lies there"), (True, "its data is not prepared")])
+def test_where_no_prepared_run_lies_a_rank_says_so_in_one_line_and_ends_with_2(tmp_path, prepared, words) -> None:
+    if prepared:
+        make.make_run(tmp_path, make.make_recipe()).data_file.unlink()
+    command = [sys.executable, "-m", "launcher.trainer", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "ledger.jsonl" not in [path.name for path in tmp_path.rglob("*")]
+
+
+@pytest.mark.gloo
+def test_plain_torchrun_fails_and_says_so_when_the_recipe_is_wrong(tmp_path: Path) -> None:
     run = make.make_run(tmp_path, make.make_recipe(model__attention="flash_attention_2"), total_steps=3)
     done = torchrun(run.path, 1)
     assert done.returncode == 1
