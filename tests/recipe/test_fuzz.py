@@ -25,8 +25,6 @@ WORDS = st.sampled_from(
 SCALARS = st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | WORDS | st.text(max_size=5)
 PARTS = {part for key in known_keys() for part in key.split(".")}
 KEYS = st.sampled_from(sorted(PARTS | {"preset", "extends", "0", "x"}))
-    sorted({part for key in known_keys() for part in key.split(".")} | {"preset", "extends", "0", "x"})
-)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=8
 )
