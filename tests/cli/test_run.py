@@ -133,15 +133,16 @@ def test_l11_a_second_start_of_a_live_run_is_refused_and_the_first_goes_on(recip
     assert_same_training(run, uninterrupted)
 
 
-def test_a_second_ctrl_c_ends_at_once(recipe):
+def test_a_second_ctrl_c_ends_at_once_asks_for_no_other_start_and_says_what_is_lost(recipe):
     process, run, ranks = running(recipe, "hurry", "train.max_steps=100000", "checkpoint.every_steps=null")
     os.kill(ranks[0], signal.SIGSTOP)  # so that the stop cannot come about by itself
     process.send_signal(signal.SIGINT)
     until("the request", lambda: (run.control / "stop-request").exists())
     process.send_signal(signal.SIGINT)
-    finish(process, code=1, timeout_s=30)
+    out, _ = finish(process, code=1, timeout_s=30)
     until("all ranks gone", lambda: not [pid for pid in ranks if lives(pid)], timeout_s=10)
-    assert attempts(run)[-1].end_class == "preemption"
+    assert "the work since the last checkpoint is lost" in out
+    assert (attempts(run)[-1].end_class, read_state(run).status, read_verdict(run)) == ("unknown", "failed", "stop")
 
 
 def test_a_finished_run_says_so_and_does_nothing(recipe, uninterrupted):

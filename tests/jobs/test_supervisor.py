@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 
 import pytest
 
+from launcher.jobs import supervisor
+from launcher.jobs.console import Console
 from launcher.jobs.ending import Ending
 from launcher.jobs.opening import discard_if_fresh
 from launcher.jobs.signals import Signals
 from launcher.jobs.supervisor import _pass_on_stop, conclude
+from launcher.recipe.schema import Recipe
 from launcher.run.control import read_verdict, stop_reason, stop_requested
 from launcher.run.directory import RunDirectory
 from launcher.run.ledger import attempts, start_attempt
+from launcher.run.reserve import keep_back
 from launcher.run.state import reached_end, read_state, write_state
 
 
@@ -74,3 +79,31 @@ def test_only_a_first_attempt_that_learnt_nothing_is_discarded(run):
     assert run.exists()
     discard_if_fresh(run, 1)
     assert not run.path.exists()
+
+
+def test_a_stop_while_the_data_is_prepared_has_no_checkpoint_and_says_that_nothing_was_lost(run, monkeypatch):
+    def stopped(*_, **__):
+        raise supervisor.StopAsked
+
+    monkeypatch.setattr(supervisor, "is_prepared", lambda *_: False)
+    monkeypatch.setattr(supervisor, "prepare_in_child", stopped)
+    write_state(run, "running", attempt=1, step=None)
+    signals, said = Signals(), io.StringIO()
+    signals.stop = "SIGTERM"
+    ending = supervisor.prepared(run, Recipe(), Console(said), signals)
+    conclude(run, 1, ending)
+    supervisor.tell(run, 1, ending, Console(said))
+    assert (ending.exit_code, read_verdict(run)) == (75, "requeue")
+    assert "stopped before the first step; nothing was lost" in said.getvalue()
+    assert json.loads(run.state_file.read_text())["status"] == "preempted"
+
+
+def test_an_end_that_cannot_be_written_is_one_line_and_the_exit_code_stays(run, capsys):
+    run.ledger_file.unlink()
+    run.ledger_file.mkdir()
+    keep_back(run.reserve)
+    conclude(run, 1, Ending(status="failed", failure_class="node", step=3))
+    assert capsys.readouterr().err == (
+        f"warning: {run.path}: ledger.jsonl, state.json, verdict could not be written (Is a directory)\n"
+    )
+    assert not run.reserve.exists()
