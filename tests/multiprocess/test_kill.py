@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,14 +23,28 @@ from launcher.run.ledger import attempts, valid_checkpoints
 from tests.jobs.make import losses, project, run_of, tensors_of
 
 KILLS = 50
-STEPS = 20
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a warm attempt takes here, in seconds: until its first step, and for each step with its save."""
+
+    start_s: float
+    step_s: float
 
 
 class Killer:
-    """Sends SIGKILL to a random rank of the next attempt, `delay_s` after its ranks have been started."""
+    """Sends SIGKILL to a random rank of a run's next attempt: while it starts, or in or after any step it has to do.
 
-    def __init__(self, chance: random.Random, delay_s: float) -> None:
-        self._first, self._rank, self._delay_s = len(RankProcess.started), chance.randrange(2), delay_s
+    The moment is drawn as a step and a share of its time, so that it hits as well where the machine is slow.
+    """
+
+    def __init__(self, chance: random.Random, run: RunDirectory, reached: int, pace: Pace) -> None:
+        self._first, self._rank = len(RankProcess.started), chance.randrange(2)
+        self._run, steps = run, chance.randint(0, STEPS - reached)
+        self._lines = lines(run) + steps
+        self._delay_s = chance.uniform(0, pace.step_s if steps else pace.start_s)
         self._over = threading.Event()
         self.killed = False
         self._thread = threading.Thread(target=self._hunt, daemon=True)
@@ -36,6 +52,9 @@ class Killer:
 
     def _hunt(self) -> None:
         while len(RankProcess.started) < self._first + 2:
+            if self._over.wait(0.005):
+                return
+        while lines(self._run) < self._lines:
             if self._over.wait(0.005):
                 return
         if self._over.wait(self._delay_s):
@@ -49,6 +68,23 @@ class Killer:
     def rest(self) -> None:
         self._over.set()
         self._thread.join()
+
+
+def lines(run: RunDirectory) -> int:
+    """Steps that all attempts of a run have written."""
+    return run.metrics_file.read_bytes().count(b"\n") if run.metrics_file.exists() else 0
+
+
+def reached(run: RunDirectory) -> int:
+    """The step at which the next attempt begins."""
+    return max((checkpoint.step for checkpoint in valid_checkpoints(run)), default=0)
+
+
+def pace_of(run: RunDirectory, whole_s: float) -> Pace:
+    """From a run of one attempt that took `whole_s`."""
+    times = [json.loads(line)["time"] for line in run.metrics_file.read_text().splitlines()]
+    step_s = (times[-1] - times[0]) / (len(times) - 1)
+    return Pace(start_s=max(0.0, whole_s - step_s * len(times)), step_s=step_s)
 
 
 def attempt(recipe_file: Path, name: str, *changes: str, killer: Killer | None = None) -> tuple[int, str]:
@@ -84,18 +120,20 @@ def test_l4_ranks_killed_at_random_moments_and_in_saves_leave_losses_and_weights
     assert code == 0, said
     whole, begun = run_of(recipe, "whole"), time.monotonic()
     code, said = attempt(recipe, "again")  # warm now, as every attempt after it
+    pace = pace_of(run_of(recipe, "again"), time.monotonic() - begun)
     assert code == 0, said
     assert_same_training(run_of(recipe, "again"), whole)
-    longest_s = time.monotonic() - begun
     chance, kills, number = random.Random(f"kill-{asynchronous}"), 0, 0
     while kills < KILLS // 2:
-        name, code = f"shot-{number}", 1
+        run, code = run_of(recipe, f"shot-{number}"), 1
         while code != 0:
-            killer = Killer(chance, chance.uniform(0, longest_s)) if kills < KILLS // 2 else None
-            code, said = attempt(recipe, name, killer=killer)
+            killer = None
+            if kills < KILLS // 2 and reached(run) < STEPS:
+                killer = Killer(chance, run, reached(run), pace)
+            code, said = attempt(recipe, run.name, killer=killer)
             assert code == 0 or (killer is not None and killer.killed), said
             kills += code != 0
-        assert_same_training(run_of(recipe, name), whole)
+        assert_same_training(run, whole)
         number += 1
     runs = [run_of(recipe, f"shot-{i}") for i in range(number)]
     assert sum(len(attempts(run)) for run in runs) == kills + number
