@@ -25,10 +25,13 @@ def command(recipe: str, overrides: tuple[str, ...], as_json: bool, strict: bool
 
     example: launcher prepare recipes/tiny-cpu.yaml data.num_workers=8
     """
-    from launcher.data.prepare import prepare
+    from launcher.jobs.environment import require_train_extra
     from launcher.recipe.check import load
 
     loaded = load(recipe, overrides).recipe
+    require_train_extra()
+    from launcher.data.prepare import prepare
+
     with progress_shown() as progress:
         prepared = prepare(loaded, progress=progress, strict=strict)
     if as_json:

@@ -21,11 +21,14 @@ def command(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -
     example: launcher preview recipes/tiny-cpu.yaml -n 1
     """
     from launcher.cli.prepare import progress_shown, summary
-    from launcher.data.prepare import prepare
-    from launcher.data.preview import lines, preview
+    from launcher.jobs.environment import require_train_extra
     from launcher.recipe.check import load
 
     loaded = load(recipe, overrides).recipe
+    require_train_extra()
+    from launcher.data.prepare import prepare
+    from launcher.data.preview import lines, preview
+
     with progress_shown() as progress:
         prepared = prepare(loaded, progress=progress)
     shown = preview(loaded, prepared, rows=rows)

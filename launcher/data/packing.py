@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_INTERPRETED = 3000  # up to so many documents the same function runs uncompiled: quicker than importing the compiler
+_INTERPRETED = 200_000  # up to so many documents (0.3 s) the same function runs uncompiled: quicker than the compiler
 
 _BIT = np.zeros(37, dtype=np.int64)  # 2**k modulo the prime 37 differs for each k below 36, so it finds k
 _BIT[[2**k % 37 for k in range(32)]] = range(32)

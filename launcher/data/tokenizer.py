@@ -18,6 +18,7 @@ _TOKENIZER_FILES = (
     "*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*", "*.py",
     "config.json",
 )  # fmt: skip
+_FAST_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # one class, under its old and its new name
 _EOS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[EOS]", "[SEP]")
 _PAD = ("<pad>", "<|pad|>", "[PAD]", "<|endoftext|>")
 _BOS = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]")
@@ -83,7 +84,7 @@ def load_tokenizer(spec: TokenizerSpec) -> Any:
     Raises:
         UserError: nothing there can be loaded as a tokenizer.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     place = locate(spec.name, spec.revision)
     file = place if place.is_file() else place / "tokenizer.json"
@@ -99,7 +100,11 @@ def load_tokenizer(spec: TokenizerSpec) -> Any:
             template = file.with_name("chat_template.jinja")
             if template.exists():
                 tokenizer.chat_template = template.read_text()
+        elif _names_its_class(place):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(place))
         else:
+            from transformers import AutoTokenizer
+
             tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=spec.trust_remote_code)
     except Exception as error:
         raise UserError(f"model.tokenizer = {spec.name}: cannot be loaded: {type(error).__name__}: {error}") from error
@@ -109,6 +114,15 @@ def load_tokenizer(spec: TokenizerSpec) -> Any:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _names_its_class(folder: Path) -> bool:
+    """Whether the class is plain from the folder: AutoTokenizer would say the same, but imports torch to do so."""
+    file = folder / "tokenizer_config.json"
+    if (folder / "config.json").exists() or not ((folder / "tokenizer.json").exists() and file.exists()):
+        return False  # a model's type may change the class
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return config.get("tokenizer_class") in _FAST_CLASSES and "auto_map" not in config
 
 
 def describe_tokenizer(spec: TokenizerSpec, tokenizer: Any) -> dict[str, Any]:

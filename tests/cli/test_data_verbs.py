@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -85,3 +87,49 @@ def test_preview_on_a_terminal_colours_trained_tokens(recipe):
     text = "\n".join(lines(preview(loaded, build(loaded), rows=1), colour=True))
     assert "\x1b[32mI" in text
     assert "[[" not in text
+
+
+# what a base install cannot import: hidden from every finder, as if it were not there
+WITHOUT = """
+import sys
+class Without:
+    def __init__(self, finders): self.finders = finders
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("xxhash", "torch", "datasets", "transformers", "numpy", "numba"):
+            return None
+        found = (finder.find_spec(name, path, target) for finder in self.finders)
+        return next((spec for spec in found if spec is not None), None)
+sys.meta_path = [Without(list(sys.meta_path))]
+from launcher.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("verb", ["prepare", "preview"])
+def test_without_the_train_extra_the_verb_says_how_to_install_it(recipe, verb):
+    ended = subprocess.run([sys.executable, "-c", WITHOUT, verb, recipe], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert 'pip install "train-launcher[train]"' in ended.stderr
+    assert "Traceback" not in ended.stderr
+    wrong = [sys.executable, "-c", WITHOUT, verb, recipe, "train.sed=1"]
+    assert "Did you mean train.seed?" in subprocess.run(wrong, capture_output=True, text=True, check=False).stderr
+
+
+@pytest.mark.parametrize("verb", ["prepare", "preview"])
+def test_broken_data_end_a_verb_with_one_line_and_code_2(recipe, verb, tmp_path):
+    with open(tmp_path / "train.jsonl", "a") as f:
+        f.write('{"instruction": \n')
+    ended = subprocess.run(
+        [sys.executable, "-m", "launcher", verb, recipe], capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (2, "")
+    progress, said = ended.stderr.splitlines()
+    assert progress == "reading train.jsonl"
+    assert "train.jsonl: line 21: not JSON" in said
+
+
+def test_a_small_prepare_imports_neither_torch_nor_a_compiler(recipe):
+    code = "import sys; from launcher.cli.prepare import command; command.main(sys.argv[1:], standalone_mode=False); "
+    code += "print({'torch', 'numba'} & {*sys.modules})"
+    ended = subprocess.run([sys.executable, "-c", code, recipe], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == "set()"
