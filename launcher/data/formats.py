@@ -208,8 +208,12 @@ def _tagged_roles(form: Format) -> dict[str, str]:
 
 
 def _message(message: Any, turn: int, role_tag: str, content_tag: str, roles: Mapping[str, str]) -> dict[str, str]:
-    if not isinstance(message, dict) or message.get(role_tag) is None:
-        raise UserError(f"turn {turn + 1}: '{role_tag}' is missing.")
+    if not isinstance(message, dict):
+        raise UserError(
+            f"turn {turn + 1}: is {_kind(message)}, expected a message with '{role_tag}' and '{content_tag}'."
+        )
+    if message.get(role_tag) is None:
+        raise UserError(f"turn {turn + 1}: '{role_tag}' is null or missing, expected {', '.join(roles)}.")
     role, content = message[role_tag], message.get(content_tag)
     if role not in roles:
         raise UserError(
@@ -255,7 +259,9 @@ def _optional(record: Mapping[str, Any], column: str) -> str:
 def _present(record: Mapping[str, Any], column: str) -> Any:
     if record.get(column) is None:
         has = ", ".join(name for name, value in record.items() if value is not None) or "nothing"
-        raise UserError(f"column {column} is missing (the record has {has}).")
+        # a table has every column in every row: a key that one record lacks is read as null, too
+        what = "has the value null in this record, or is not in it" if column in record else "is missing"
+        raise UserError(f"column {column} {what} (the record has {has}).")
     return record[column]
 
 

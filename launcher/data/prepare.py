@@ -18,6 +18,7 @@ from launcher.data.lock import build_lock
 from launcher.data.parts import Progress, TokensJob, ensure_tokens
 from launcher.data.rows import Held, build_rows
 from launcher.data.sources import find, fingerprint, place
+from launcher.data.space import space_watched
 from launcher.data.store import VERSION, Store, write_store
 from launcher.data.tokenizer import TokenizerSpec, hash_tokenizer, locate
 from launcher.errors import UserError
@@ -182,7 +183,8 @@ def _ensure_store(recipe: Recipe, corpus: _Corpus, progress: Progress) -> tuple[
     if path.is_dir():
         return path, False
     _make_writable(cache)
-    with build_lock(cache / "locks" / corpus.key, waiting=lambda line: progress(line, 0, 0)):
+    lock = build_lock(cache / "locks" / corpus.key, waiting=lambda line: progress(line, 0, 0))
+    with space_watched(cache), lock:
         if path.is_dir():
             return path, False
         folders = [ensure_tokens(job, cache, progress) for job in corpus.jobs]
@@ -260,13 +262,26 @@ def _needed_ids(manifest: dict[str, Any]) -> int:
 
 
 def _model_vocab_size(recipe: Recipe) -> int | None:
-    """From the recipe or the model's config.json; None where neither says (the family's default then holds)."""
+    """From the recipe or the model's config.json, else the default of its family; None for code of its own."""
     config = recipe.model.config
     if config is None:
         file = locate(recipe.model.name or "", recipe.model.revision) / "config.json"
         config = json.loads(file.read_text()) if file.is_file() else {}
     size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-    return None if size is None else int(size)
+    return _default_vocab_size(config) if size is None else int(size)
+
+
+def _default_vocab_size(config: dict[str, Any]) -> int | None:
+    """The size that a model has whose configuration names none, as the trainer will build it."""
+    if "model_type" not in config:
+        return None
+    from transformers import AutoConfig
+
+    try:
+        whole = AutoConfig.for_model(**config)
+    except ValueError:  # not an architecture of transformers: the model's own code, or the trainer, has to say
+        return None
+    return getattr(whole.get_text_config(), "vocab_size", None)
 
 
 def _refuse_losses(manifest: dict[str, Any]) -> None:

@@ -10,12 +10,14 @@ import glob
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from launcher.data.space import full_disk
 from launcher.errors import UserError, nearest
 from launcher.recipe.schema.data import Source
 
@@ -179,15 +181,29 @@ def _load_file(file: Path, scratch: Path) -> Any:
     if kind == "csv":
         options = _csv_options(file)
     try:
-        table = datasets.load_dataset(
-            kind, data_files=[str(file)], split="train", cache_dir=str(scratch), **options
-        )  # fmt: skip
+        with _unlogged(datasets.utils.logging):
+            table = datasets.load_dataset(
+                kind, data_files=[str(file)], split="train", cache_dir=str(scratch), **options
+            )  # fmt: skip
     except Exception as error:
+        if full := full_disk(error):
+            raise full from error
         cause = error.__cause__ or error
         raise UserError(_broken(file, kind) or f"{file}: cannot be read as {kind}: {cause}") from error
     if kind == "json" and _has_dates(table.features):  # text that looks like a date was made one: read it as it stands
         return datasets.Dataset.from_list([record for _, record in _json_records(file)])
     return table
+
+
+@contextmanager
+def _unlogged(log: Any) -> Iterator[None]:
+    """Without lines of the library's own: what it raises is put in our words."""
+    before = log.get_verbosity()
+    log.set_verbosity(log.CRITICAL)
+    try:
+        yield
+    finally:
+        log.set_verbosity(before)
 
 
 def _json_options(file: Path) -> dict[str, Any]:

@@ -247,7 +247,9 @@ def _write_folder(path: Path, arrays: Mapping[str, NDArray[Any]], name: str, man
     fresh.mkdir(parents=True)
     for array_name, array in arrays.items():
         with open(fresh / f"{array_name}.npy", "wb") as f:
-            np.save(f, np.ascontiguousarray(array), allow_pickle=False)
+            whole = np.ascontiguousarray(array)
+            np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(whole))
+            f.write(whole.data)  # np.save would hide why a write failed, as that the disk is full
             _sync(f)
     with open(fresh / name, "w") as text:
         json.dump(manifest, text, indent=1)

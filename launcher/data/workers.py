@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
+from launcher.data.space import full_disk
 from launcher.errors import UserError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -40,6 +41,7 @@ def map_unordered(
 
     Raises:
         UserError: as the function raised it.
+        OSError: the disk is full.
         WorkerDied: a worker was killed, or raised anything else; holds its traceback.
     """
     waiting = list(reversed(tasks))
@@ -104,6 +106,8 @@ def _answer(worker: _Worker) -> Any:
         ) from None
     if kind == "user":
         raise UserError(value)
+    if kind == "full":
+        raise OSError(*value)
     if kind == "error":
         raise WorkerDied(value)
     return value
@@ -126,7 +130,9 @@ def _attempt(function: Callable[[Any, Any], Any], context: Any, task: Any) -> tu
         return "done", result
     except UserError as error:
         return "user", str(error)
-    except Exception:
+    except Exception as error:
+        if full := full_disk(error):
+            return "full", full.args
         import traceback
 
         return "error", traceback.format_exc()

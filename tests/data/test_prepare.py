@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from launcher.data import parts
 from launcher.data.prepare import prepare, write_data_json
 from launcher.data.store import Store
+from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
 from launcher.errors import UserError
 from launcher.recipe.schema import from_dict
 from tests.data.make import tiny_tokenizer, write_jsonl
@@ -230,7 +233,8 @@ def test_steps_follow_from_epochs_or_are_given(make):
     [
         ([], "holds no records"),
         ([{"prompt": "", "completion": ""}], r"nothing is left to learn from \(no trained token: 1\)"),
-        ([*pairs(3), {"prompt": "x"}], r"train.jsonl: record 3 \(row 4\): column completion is missing"),
+        ([*pairs(3), {"prompt": "x"}], r"train.jsonl: record 3 \(row 4\): column completion has the value null"),
+        ([*pairs(3), {"prompt": "x", "completion": None}], r"record 3 \(row 4\): column completion has the value null"),
         ([{"messages": [{"role": "bot", "content": "a"}]}], r"record 0 \(row 1\): turn 1: unknown role 'bot'"),
     ],
 )
@@ -245,6 +249,43 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(make):
     prepare(make(pairs(3)))
     with pytest.raises(UserError, match="vocab_size is 256"):
         prepare(make(pairs(3), vocab_size=256))
+
+
+def test_a_config_without_vocab_size_has_that_of_its_family(make):
+    recipe = make(pairs(3))
+    del recipe.model.config["vocab_size"]
+    prepare(recipe)  # llama's 32,000
+    recipe.model.config = {"model_type": "wav2vec2"}
+    with pytest.raises(UserError, match="vocab_size is 32"):
+        prepare(recipe)
+    recipe.model.config = {"model_type": "own"}  # code of the model's own: its size is known when it is built
+    prepare(recipe)
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_a_folder_that_names_its_class_loads_as_the_automatic_class_would(tokenizer, tmp_path, name):
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(tokenizer, tmp_path / "named")
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**values, "tokenizer_class": name}))
+    ours, theirs = load_tokenizer(TokenizerSpec(str(folder))), AutoTokenizer.from_pretrained(str(folder))
+    assert type(ours) is type(theirs)
+    assert (ours.get_vocab(), ours.special_tokens_map) == (theirs.get_vocab(), theirs.special_tokens_map)
+    assert ours.chat_template == theirs.chat_template
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+
+
+def test_a_full_disk_names_the_cache_folder_and_what_to_do(make, monkeypatch):
+    def full(*_args, **_more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for place in ("launcher.data.store._sync", "launcher.data.parts.load", "launcher.data.lock.os.pwrite"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(UserError, match=r"data.cache_dir = .*the disk is full. Free space there"):
+                prepare(make(pairs(3)))
+    prepare(make(pairs(3)))
 
 
 def test_a_tokenizer_that_drops_characters_is_warned_of(make, tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 
@@ -14,6 +15,8 @@ from launcher.errors import UserError
 def work(context, task):
     if task == "user":
         raise UserError("f: record 3: wrong")
+    if task == "full":
+        raise ValueError("in a library") from OSError(errno.ENOSPC, "No space left on device")
     if task == "bug":
         raise KeyError("missing")
     if task == "kill":
@@ -30,6 +33,7 @@ def test_every_task_is_answered_by_as_many_workers_as_there_are():
     ("task", "error", "message"),
     [
         ("user", UserError, "f: record 3: wrong"),
+        ("full", OSError, "No space left on device"),
         ("bug", WorkerDied, "KeyError: 'missing'"),
         ("kill", WorkerDied, "ended with code -9"),
     ],
