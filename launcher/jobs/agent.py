@@ -7,6 +7,7 @@ Restarts in place stay off: they wait a fixed 30 s; a new attempt costs a third 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from launcher.jobs import rank, scratch, warm
+from launcher.run.output import PatientStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +142,7 @@ def _ended(exit_code: int) -> str:
 
 
 class _agent_log:
-    """Sends what torch's agent says into a file beside the ranks' logs instead of the console."""
+    """Sends what torch's agent says into a file beside the ranks' logs, not the console; a full disk ends nothing."""
 
     NAMES = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
 
@@ -149,7 +151,8 @@ class _agent_log:
 
     def __enter__(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._handler = logging.FileHandler(self._file)
+        self._handle = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._handler = logging.StreamHandler(PatientStream(self._handle))
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for name in self.NAMES:
             logger = logging.getLogger(name)
@@ -160,3 +163,4 @@ class _agent_log:
         for name in self.NAMES:
             logging.getLogger(name).removeHandler(self._handler)
         self._handler.close()
+        os.close(self._handle)
