@@ -52,7 +52,7 @@ def _build_inputs() -> Path:
     _title("build an instruction set and a tokenizer from this machine's standard library")
     pairs = standard_library_pairs()
     train, heldout = write_jsonl(pairs, _FOLDER / "data", num_held_out=_NUM_HELD_OUT)
-    num_tokens = train_tokenizer((text for pair in pairs for text in pair), _FOLDER / "tokenizer", vocab_size=1024)
+    num_tokens = train_tokenizer((text for pair in pairs for text in pair), _FOLDER / "tokenizer", vocab_size=512)
     print(f"{len(pairs) - _NUM_HELD_OUT} pairs in {train}, {_NUM_HELD_OUT} held out in {heldout}")
     print(f"byte-level BPE tokenizer of {num_tokens} tokens in {_FOLDER / 'tokenizer'}")
     recipe = _FOLDER / "recipe.yaml"
