@@ -9,6 +9,7 @@ not finite is null. A resumed run repeats steps: the last line of a step counts.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -120,12 +121,18 @@ def flops_per_step(module: Any, *, tokens: int, cost: float) -> float:
         cost: sum of the squared document lengths
     """
     config = module.lm.config.get_text_config()
-    parameters = sum(p.numel() for p in module.parameters())
-    if not getattr(config, "tie_word_embeddings", False):
-        parameters -= module.lm.get_input_embeddings().weight.numel()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 6.0 * parameters * tokens + 6.0 * config.num_hidden_layers * heads * head_dim * cost
+    return 6.0 * _multiplied_parameters(module) * tokens + 6.0 * config.num_hidden_layers * heads * head_dim * cost
+
+
+@functools.lru_cache(maxsize=1)
+def _multiplied_parameters(module: Any) -> int:
+    """All but the input embedding, which is looked up; counted once a run."""
+    parameters = sum(p.numel() for p in module.parameters())
+    if getattr(module.lm.config.get_text_config(), "tie_word_embeddings", False):
+        return int(parameters)
+    return int(parameters - module.lm.get_input_embeddings().weight.numel())
 
 
 def peak_flops(device: torch.device) -> float | None:
