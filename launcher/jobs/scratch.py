@@ -15,7 +15,8 @@ import tempfile
 from multiprocessing import process
 from pathlib import Path
 
-_PREFIX = "launcher-"  # short: the path of a socket ends at 107 characters
+_PREFIX = "launcher-"
+_LONGEST_BASE = 65  # a socket's path holds 107 bytes (unix(7)); our folder and multiprocessing's file take 36
 _MARK = ".launcher-scratch"  # without it a folder is somebody else's, whatever its name
 _own: tuple[int, Path] | None = None  # process id, folder
 
@@ -38,8 +39,14 @@ def adopt_multiprocessing() -> None:
     process.current_process()._config.setdefault("tempdir", str(folder()))  # type: ignore[attr-defined]
 
 
+def _base() -> Path:
+    """The temporary folder; /tmp where a socket's path would be too long below it (a scheduler's deep TMPDIR, say)."""
+    usual = tempfile.gettempdir()
+    return Path(usual if len(os.fsencode(usual)) <= _LONGEST_BASE else "/tmp")
+
+
 def _make() -> Path:
-    made = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    made = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_base()))
     _lock(made)
     (made / _MARK).touch()  # after the lock: who sees it and gets the lock knows that the maker is dead
     return made
@@ -47,7 +54,7 @@ def _make() -> Path:
 
 def _sweep() -> None:
     """Remove the folders of processes that have died."""
-    for found in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for found in _base().glob(f"{_PREFIX}*"):
         if (found / _MARK).is_file() and (handle := _lock(found)) is not None:
             shutil.rmtree(found, ignore_errors=True)
             os.close(handle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,25 @@ def test_a_closing_terminal_stops_the_run_with_75_and_no_helper_process_complain
     assert not [pid for pid in ranks if lives(pid)]
 
 
-def test_a_run_leaves_nothing_in_the_temporary_folder_and_the_next_start_removes_what_a_kill_left(recipe, tmp_path):
-    def left() -> set[str]:  # torch keeps one cache there for all runs
-        return {path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor_")}
+@pytest.fixture
+def short_folder():
+    """A temporary folder whose path leaves room for a socket's name; pytest's own may not."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as name:
+        yield Path(name)
 
-    own, others = {"TMPDIR": str(tmp_path)}, "launcher-of-somebody-else"
-    (tmp_path / others).mkdir()
+
+def test_a_temporary_folder_too_deep_for_sockets_is_passed_over(recipe, tmp_path):
+    deep = tmp_path / ("d" * 80)
+    deep.mkdir()
+    finish(launcher("run", recipe, "run.name=deep", "train.max_steps=2", env={"TMPDIR": str(deep)}), code=0)
+
+
+def test_a_run_leaves_nothing_in_the_temporary_folder_and_the_next_start_removes_what_a_kill_left(recipe, short_folder):
+    def left() -> set[str]:  # torch keeps one cache there for all runs
+        return {path.name for path in short_folder.iterdir() if not path.name.startswith("torchinductor_")}
+
+    own, others = {"TMPDIR": str(short_folder)}, "launcher-of-somebody-else"
+    (short_folder / others).mkdir()
     finish(launcher("run", recipe, "run.name=tidy", "train.max_steps=2", env=own), code=0)
     assert left() == {others}
     finish(launcher("run", recipe, "run.name=tidy-failed", "optimizer.lr=1e30", env=own), code=1)
@@ -243,10 +257,10 @@ def test_a_row_that_is_too_long_is_said_in_one_message_and_preparation_leaves_no
     assert "resource_tracker" not in err
 
 
-def test_a_failing_rank_is_named_with_its_traceback_and_its_class(recipe):
+def test_a_run_that_is_not_finite_is_named_with_its_class_and_every_rank_keeps_its_log(recipe):
     arguments = ["run.name=infinite", "optimizer.lr=1e30", "train.max_grad_norm=null"]
     out, _ = finish(launcher("run", recipe, *arguments), code=1)
-    assert "Traceback" in out
+    assert "Traceback" not in out
     assert "non_finite" in out
     run = run_of(recipe, "infinite")
     assert (attempts(run)[-1].end_class, read_verdict(run)) == ("non_finite", "stop")

@@ -22,7 +22,7 @@ from launcher.run.directory import RunDirectory
 from launcher.run.ledger import attempts, valid_checkpoints
 from tests.jobs.make import losses, project, run_of, tensors_of
 
-KILLS = 50
+KILLS = 20  # tests/trainer/checkpoint/test_kill.py sends fifty to ranks without a launcher
 STEPS = 12
 
 
