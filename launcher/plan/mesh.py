@@ -20,6 +20,8 @@ def make_mesh(recipe: Recipe) -> Mesh:
     world, strategy = world_size(recipe), recipe.strategy
     if strategy.kind == "ddp":
         return Mesh(world, 1)
+    if strategy.kind != "fsdp2":
+        return Mesh(1, world)
     shard = strategy.shard or world // (strategy.replicate or 1)
     return Mesh(strategy.replicate or world // shard, shard)
 

@@ -72,9 +72,12 @@ class _Builder:
         if isinstance(node.value, str) and node.value == MISSING:
             return self.complain(node, key, describe(hint))
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-            if node.value is None:
+            if node.value is None and type(None) in typing.get_args(hint):
                 return self.leaf(node, key)
-            hint = typing.get_args(hint)[0]
+            kinds = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+            if len(kinds) > 1:  # plain types side by side, as bool | int
+                return self.leaf(node, key) if type(node.value) in kinds else self.complain(node, key, describe(hint))
+            hint = kinds[0]
         if is_dataclass(hint):
             return self.section(typing.cast(type, hint), node, key)
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)

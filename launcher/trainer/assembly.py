@@ -45,7 +45,7 @@ def assemble(
 
     data = read_data(run)
     resuming = bool(valid_checkpoints(run))
-    engine, backend = build_engine(recipe, data, ranks=ranks, device=device, fill=not resuming)
+    engine, backend = build_engine(recipe, data, ranks=ranks, device=device, fill=_fill(recipe, resuming))
     manager = CheckpointManager(
         run, attempt=attempt, rank=ranks.rank, world_size=ranks.world_size, keep_last=recipe.checkpoint.keep_last,
         keep_every_steps=recipe.checkpoint.keep_every_steps, asynchronous=recipe.checkpoint.async_save,
@@ -71,6 +71,13 @@ def assemble(
     )  # fmt: skip
 
 
+def _fill(recipe: Recipe, resuming: bool) -> engines.Fill:
+    """What the base model must give: everything at the beginning, later only what no checkpoint holds."""
+    if not resuming:
+        return "all"
+    return "none" if recipe.adapter.kind == "full" or recipe.checkpoint.store_frozen else "frozen"
+
+
 def read_data(run: RunDirectory) -> dict[str, Any]:
     """What `prepare` wrote.
 
@@ -87,9 +94,9 @@ def read_data(run: RunDirectory) -> dict[str, Any]:
 
 
 def build_engine(
-    recipe: Recipe, data: dict[str, Any], *, ranks: Ranks, device: torch.device, fill: bool
+    recipe: Recipe, data: dict[str, Any], *, ranks: Ranks, device: torch.device, fill: engines.Fill
 ) -> tuple[engines.Engine, str]:
-    """(engine, attention back end); with `fill` it holds the first weights, else undefined ones."""
+    """(engine, attention back end); what `fill` leaves out has undefined values."""
     precision = engines.choose_precision(recipe.train.precision, recipe.model.dtype, device)
     skeleton = model.build_for(
         recipe.model, device=device, compute=precision.compute, objective_kind=recipe.objective.kind
@@ -102,7 +109,7 @@ def build_engine(
         compute = str(precision.compute).removeprefix("torch.")
         for note in (f"precision: {compute} ({precision.reason})", *skeleton.notes):
             print(note, flush=True)
-        if fill:
+        if fill != "none":
             weights = model.read_weights(recipe.model, skeleton.config, seed=recipe.train.seed)
     engine = engines.build(recipe, skeleton.module, device=device, precision=precision, weights=weights, fill=fill)
     return engine, skeleton.backend

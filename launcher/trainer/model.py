@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.errors import UserError
-from launcher.trainer import attention, kernels, objectives
+from launcher.trainer import activations, attention, kernels, objectives
 from launcher.trainer.objectives import Batch
 from launcher.trainer.objectives.chunked import Head, weighted_nll
 
@@ -149,10 +149,9 @@ def build_skeleton(
         f"liger: {str(use.liger).lower()} ({use.reason})",
         f"loss: {why}",
     ]
-    if model.gradient_checkpointing == "full":
-        _enable_checkpointing(lm)
-        notes.append("gradient checkpointing: every decoder block is recomputed in the backward pass")
     module = TrainedModel(lm, head=head, liger=use.liger)
+    if model.gradient_checkpointing != "none":
+        notes.append(f"gradient checkpointing: {activations.apply(module, model.gradient_checkpointing)}")
     module.objective = objective
     return Skeleton(module, config, chosen.backend, notes)
 
@@ -339,10 +338,3 @@ def _from_pretrained(model: Model, config: Any) -> Any:
             f"model.name = {model.name}: expected weights for {shown}, found none. Is it a causal language model?"
         )
     return lm
-
-
-def _enable_checkpointing(lm: Any) -> None:
-    """Recompute each block; dropout draws the same mask again (`preserve_rng_state`)."""
-    arguments = {"use_reentrant": False, "preserve_rng_state": True}
-    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-    enable(arguments)

@@ -74,14 +74,16 @@ def documents_store(folder: Path, *, count: int = 60, seq_len: int = 64, masked:
     return path
 
 
-def make_engine(recipe: Recipe, *, rank: int = 0, fill: bool = True, device: torch.device = CPU) -> tuple[Any, str]:
+def make_engine(
+    recipe: Recipe, *, rank: int = 0, fill: engines.Fill = "all", device: torch.device = CPU
+) -> tuple[Any, str]:
     """An engine with its weights, and its attention back end; collective over the ranks."""
     precision = engines.choose_precision(recipe.train.precision, recipe.model.dtype, device)
     skeleton = model.build_for(
         recipe.model, device=device, compute=precision.compute, objective_kind=recipe.objective.kind
     )
     weights = None
-    if fill and rank == 0:
+    if fill != "none" and rank == 0:
         weights = model.read_weights(recipe.model, skeleton.config, seed=recipe.train.seed)
     engine = engines.build(recipe, skeleton.module, device=device, precision=precision, weights=weights, fill=fill)
     return engine, skeleton.backend

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from launcher.errors import Problem
+from launcher.recipe.schema import adapter as _adapter
 from launcher.recipe.schema import checkpoint as _checkpoint
 from launcher.recipe.schema import cluster as _cluster
 from launcher.recipe.schema import data as _data
@@ -27,12 +28,12 @@ from launcher.recipe.schema.model import Model
 from launcher.recipe.schema.objective import Objective
 from launcher.recipe.schema.optimizer import Optimizer
 from launcher.recipe.schema.run import Run
-from launcher.recipe.schema.strategy import Offload, Strategy
+from launcher.recipe.schema.strategy import Offload, Strategy, Zero
 from launcher.recipe.schema.train import Train
 
 __all__ = [
     "MISSING", "Adapter", "Checkpoint", "Cluster", "Data", "Logging", "Model", "Objective", "Offload", "Optimizer",
-    "Recipe", "Run", "Source", "Strategy", "Train", "check_sections", "from_dict", "to_dict",
+    "Recipe", "Run", "Source", "Strategy", "Train", "Zero", "check_sections", "from_dict", "to_dict",
 ]  # fmt: skip
 
 
@@ -75,6 +76,7 @@ def check_sections(recipe: Recipe) -> Iterator[Problem]:
 _CHECKS: dict[str, Callable[[Any], Iterator[Problem]]] = {
     "run": _run.check,
     "model": _model.check,
+    "adapter": _adapter.check,
     "data": _data.check,
     "train": _train.check,
     "optimizer": _optimizer.check,

@@ -37,7 +37,8 @@ def describe(hint: Any) -> str:
         return "keys " + ", ".join(f.name for f in fields(hint))
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, types.UnionType) or origin is typing.Union:
-        return f"{describe(arguments[0])}, or null"
+        words = [describe(arg) for arg in arguments if arg is not type(None)]
+        return " or ".join(words) + (", or null" if type(None) in arguments else "")
     if origin is typing.Literal:
         words = [show_value(value) for value in arguments]
         return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

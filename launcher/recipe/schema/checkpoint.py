@@ -16,6 +16,8 @@ class Checkpoint:
     every_minutes: save when so many minutes have passed since the last; null: not by time
     keep_last: keep the newest so many checkpoints, 1 or more
     keep_every_steps: also keep every checkpoint whose step is a multiple of this; null: none
+    store_frozen: also write weights that are not trained; false: their hash alone, and a resumed run reads them again
+        from the model's own folder or seed
     async_save: write in a thread while training goes on; needs host memory for one copy of this rank's state
     """
 
@@ -23,6 +25,7 @@ class Checkpoint:
     every_minutes: float | None = None
     keep_last: int = 2
     keep_every_steps: int | None = None
+    store_frozen: bool = False
     async_save: bool = True
 
 

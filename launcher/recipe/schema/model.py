@@ -22,7 +22,8 @@ class Model:
     attention: attention back end; auto takes the fastest that keeps documents apart here, and logs why
     liger: Liger's fused kernels; auto: on a GPU where the architecture is supported
     compile: torch.compile each decoder block
-    gradient_checkpointing: none keeps all activations, full recomputes each decoder block in the backward pass
+    gradient_checkpointing: none keeps all activations; selective recomputes what is cheap and keeps matrix products and
+        attention; full recomputes each decoder block; offload does too, and keeps each block's input in host memory
     """
 
     name: str | None = None
@@ -31,10 +32,12 @@ class Model:
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["fp32", "bf16"] = "fp32"
-    attention: Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "flex", "sdpa", "eager"] = "auto"
+    attention: Literal[
+        "auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen", "flex", "sdpa", "eager"
+    ] = "auto"
     liger: Literal["auto", True, False] = "auto"
     compile: bool = False
-    gradient_checkpointing: Literal["none", "full"] = "none"
+    gradient_checkpointing: Literal["none", "selective", "full", "offload"] = "none"
 
 
 def check(model: Model) -> Iterator[Problem]:

@@ -4,41 +4,81 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from launcher.errors import Problem
 
 
 @dataclass(kw_only=True, slots=True)
 class Offload:
-    """What is kept in host memory instead of GPU memory.
+    """What is kept outside GPU memory.
 
-    optimizer: where moments and the update live
-    params: where the sharded weights live between uses
-    nvme_path: folder on a local disk for nvme offload
+    optimizer: where moments and the update live; nvme only with zero3
+    params: where the sharded weights live between uses; fsdp2 or zero3, nvme only with zero3
+    nvme_path: folder on each node's local disk for what goes to nvme
     """
 
-    optimizer: Literal["none", "cpu"] = "none"
-    params: Literal["none", "cpu"] = "none"
+    optimizer: Literal["none", "cpu", "nvme"] = "none"
+    params: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class Zero:
+    """How DeepSpeed's ZeRO uses memory and links; null is a value chosen from the model, `launcher render --explain`
+    says which and why.
+
+    reduce_bucket_size: elements of gradients reduced together
+    allgather_bucket_size: elements of weights gathered together after the update (zero1, zero2)
+    overlap_comm: reduce gradients while the backward pass goes on; auto: on a GPU
+    param_persistence_threshold: weights of fewer elements stay whole on each rank (zero3)
+    prefetch_bucket_size: elements of weights gathered ahead of their use (zero3)
+    max_live_parameters: elements of weights that may be whole on a rank at a time (zero3)
+    sub_group_size: elements updated together, which bounds what an offloaded update holds (zero3)
+    hpz_partition_size: ZeRO++: ranks that hold a second copy of the shards among them, usually those of a node;
+        1: none (zero3)
+    quantized_weights: ZeRO++: gather weights in 8 bit (zero3)
+    quantized_gradients: ZeRO++: reduce gradients in 4 bit (zero3)
+    leaf_modules: classes gathered whole, as blocks of experts must be; null: chosen by architecture (zero3)
+    """
+
+    reduce_bucket_size: int | None = None
+    allgather_bucket_size: int | None = None
+    overlap_comm: Literal["auto", True, False] = "auto"
+    param_persistence_threshold: int | None = None
+    prefetch_bucket_size: int | None = None
+    max_live_parameters: int | None = None
+    sub_group_size: int | None = None
+    hpz_partition_size: int = 1
+    quantized_weights: bool = False
+    quantized_gradients: bool = False
+    leaf_modules: list[str] | None = None
 
 
 @dataclass(kw_only=True, slots=True)
 class Strategy:
     """How model state is spread over the ranks.
 
-    kind: ddp keeps a whole copy on each rank; fsdp2 shards weights, gradients and moments (`fully_shard`)
-    replicate: copies of the sharded model (HSDP); null: world size / shard
-    shard: ranks that share one copy; null: all ranks for fsdp2, 1 for ddp
-    offload: what is kept in host memory
-    reshard_after_forward: fsdp2 frees gathered weights after each block's forward; false trades memory for traffic
+    kind: ddp keeps a whole copy on each rank; fsdp2 shards weights, gradients and moments (`fully_shard`); DeepSpeed's
+        zero1 shards moments, zero2 gradients too, zero3 weights too
+    replicate: copies of the sharded model (HSDP, fsdp2 only); null: world size / shard
+    shard: ranks that share one copy (fsdp2 only); null: all ranks, or world size / replicate
+    offload: what is kept outside GPU memory
+    reshard_after_forward: fsdp2 frees gathered weights after each block's forward; false trades memory for traffic; a
+        number reshards to groups of so many ranks, usually those of a node
+    prefetch: blocks whose weights fsdp2 gathers ahead of their use, forward and backward; null: torch's own choice
+    zero: how ZeRO uses memory and links
+    deepspeed: laid over the DeepSpeed configuration made from the keys above, for everything that has no key here
     """
 
-    kind: Literal["ddp", "fsdp2"] = "fsdp2"
+    kind: Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"] = "fsdp2"
     replicate: int | None = None
     shard: int | None = None
     offload: Offload = field(default_factory=Offload)
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool | int = True
+    prefetch: int | None = None
+    zero: Zero = field(default_factory=Zero)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
 
 
 def check(strategy: Strategy) -> Iterator[Problem]:

@@ -21,6 +21,7 @@ class Train:
     epochs: passes over the training rows, fractions allowed; null: set by max_steps
     seed: decides random weights, row order and dropout
     precision: type of the arithmetic; auto: bf16 where the device computes it natively, else fp32
+    tf32: let fp32 matrix products run in TF32 on a GPU (10 bits of mantissa): faster, and no longer exact fp32
     max_grad_norm: clip the gradient of the whole model to this norm; null: never
     eval_every_steps: evaluate before the first step, each so many steps and at the end; null: at the end only
     on_nonfinite: a loss or gradient that is not finite ends the run (stop) or drops that step's update (skip, which
@@ -33,6 +34,7 @@ class Train:
     epochs: float | None = None
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    tf32: bool = False
     max_grad_norm: float | None = 1.0
     eval_every_steps: int | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ ENGINES = {
     "ddp": "launcher.trainer.engines.ddp",
     "fsdp2": "launcher.trainer.engines.fsdp2",
 }
+
+
+Fill = Literal["all", "frozen", "none"]
 
 
 class Engine(Protocol):
@@ -60,7 +63,8 @@ class Engine(Protocol):
         """Called after state was written in place."""
 
     def parameter_shapes(self) -> dict[str, dict[str, Any]]:
-        """Hugging Face name -> {shape, dtype, trainable}, persistent buffers included."""
+        """Hugging Face name -> {shape, dtype, trainable} of what `pieces` shows: trained parameters and persistent
+        buffers, and with `checkpoint.store_frozen` the frozen parameters."""
 
     def trainer_state(self) -> dict[str, Any]:
         """What beside the pieces must survive: the optimizer's count, the fp16 loss scale. Waits for the device."""
@@ -105,13 +109,14 @@ def build(
     device: torch.device,
     precision: Precision,
     weights: dict[str, Tensor] | None,
-    fill: bool,
+    fill: Fill,
 ) -> Engine:
     """The engine of `strategy.kind` around a skeleton.
 
     Args:
         weights: on the job's one reader, by Hugging Face name; None elsewhere
-        fill: hand the reader's weights out; False when a checkpoint will be loaded into the memory instead
+        fill: which of the reader's weights are handed out: all; none when a checkpoint holds all of them; frozen when
+            it holds only what is trained
     """
     engine: Engine = importlib.import_module(ENGINES[recipe.strategy.kind]).build(
         recipe, module, device=device, precision=precision, weights=weights, fill=fill

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from launcher.trainer.engines import Fill
 from launcher.trainer.model import TrainedModel, hugging_face_name, persistent_buffers
 from launcher.trainer.objectives import Batch
 from launcher.trainer.optim import LossScale, build_adamw
@@ -46,6 +47,7 @@ class TorchEngine:
         self.compute, self.autocast = compute, autocast
         self.optimizer = build_adamw(recipe.optimizer, module)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.store_frozen = recipe.checkpoint.store_frozen
         self.loss_scale = LossScale.start(device) if compute == torch.float16 else None
         self.nonfinite = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -111,7 +113,7 @@ class TorchEngine:
         """See Engine; call `ensure_state` first."""
         from launcher.trainer.checkpoint.format import Piece
 
-        for name, p in self.module.named_parameters():
+        for name, p in stored_parameters(self.module, self.store_frozen):
             local, start, (replica, replicas) = place(p)
             yield Piece(hugging_face_name(name), "value", start, local, replica, replicas)
             for kind in MOMENTS if p.requires_grad else ():
@@ -135,7 +137,7 @@ class TorchEngine:
             hugging_face_name(name): {
                 "shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch."), "trainable": p.requires_grad,
             }
-            for name, p in [*self.module.named_parameters(), *persistent_buffers(self.module)]
+            for name, p in [*stored_parameters(self.module, self.store_frozen), *persistent_buffers(self.module)]
         }  # fmt: skip
 
     def trainer_state(self) -> dict[str, Any]:
@@ -185,17 +187,27 @@ def place(t: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
     return t.to_local().detach().view(-1), start * math.prod(t.shape[1:]), (replica, replicas)
 
 
-def hand_out(module: nn.Module, weights: dict[str, Tensor] | None, device: torch.device) -> None:
+def stored_parameters(module: nn.Module, store_frozen: bool) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that a checkpoint holds: those that learn, and with `store_frozen` the others too."""
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad or store_frozen)
+
+
+def hand_out(module: nn.Module, weights: dict[str, Tensor] | None, device: torch.device, *, fill: Fill) -> None:
     """Fill every rank's parameters from rank 0's, one parameter at a time: nobody else ever holds the whole model.
 
     Args:
-        weights: on rank 0, by Hugging Face name; None on the others
+        weights: on rank 0, by Hugging Face name, emptied as they are handed out; None on the others
         device: where the broadcast runs; the shards may lie elsewhere
+        fill: see `engines.build`
     """
-    tensors = [*module.named_parameters(), *persistent_buffers(module)]
+    if fill == "none":
+        return
+    tensors: list[tuple[str, Tensor]] = [*module.named_parameters(), *persistent_buffers(module)]
+    if fill == "frozen":
+        tensors = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
     for name, tensor in tensors:
         if weights is not None:
-            full = weights[hugging_face_name(name)].to(device=device, dtype=tensor.dtype).contiguous()
+            full = weights.pop(hugging_face_name(name)).to(device=device, dtype=tensor.dtype).contiguous()
         else:
             full = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         dist.broadcast(full, src=0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from launcher.trainer.engines import Precision
+from launcher.trainer.engines import Fill, Precision
 from launcher.trainer.engines.base import TorchEngine, hand_out
 from launcher.trainer.model import TrainedModel, materialise
 
@@ -34,12 +34,11 @@ def build(
     device: torch.device,
     precision: Precision,
     weights: dict[str, Tensor] | None,
-    fill: bool,
+    fill: Fill,
 ) -> DdpEngine:
     """See `engines.build`."""
     materialise(module, device)
-    if fill:
-        hand_out(module, weights, device)
+    hand_out(module, weights, device, fill=fill)
     if recipe.model.compile:
         for block in module.blocks():
             block.compile()

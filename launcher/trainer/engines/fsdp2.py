@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from launcher.errors import UserError
-from launcher.trainer.engines import Precision
+from launcher.trainer.engines import Fill, Precision
 from launcher.trainer.engines.base import TorchEngine, hand_out
 from launcher.trainer.model import TrainedModel, materialise
 
@@ -52,7 +52,7 @@ def build(
     device: torch.device,
     precision: Precision,
     weights: dict[str, Tensor] | None,
-    fill: bool,
+    fill: Fill,
 ) -> Fsdp2Engine:
     """See `engines.build`."""
     mesh = _mesh(recipe.strategy, device)
@@ -70,8 +70,7 @@ def build(
     fully_shard(module, mp_policy=MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False), **root)
     materialise(module, torch.device("cpu") if recipe.strategy.offload.params == "cpu" else device)
     _move_buffers(module, device)
-    if fill:
-        hand_out(module, weights, device)
+    hand_out(module, weights, device, fill=fill)
     engine = Fsdp2Engine(recipe, module, module, device=device, compute=precision.compute, autocast=False)
     engine.shard_group = mesh.get_group("shard")
     return engine

@@ -50,7 +50,7 @@ def train(
         run, attempt=ledger.latest_attempt(run), rank=rank, world_size=world_size, meta={"run_id": "this-run"}
     )
     resuming = bool(ledger.valid_checkpoints(run))
-    engine, backend = make.make_engine(recipe, rank=rank, fill=not resuming)
+    engine, backend = make.make_engine(recipe, rank=rank, fill="none" if resuming else "all")
     state = manager.load_latest(engine)
     if state is not None:
         engine.load_trainer_state(state)
