@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast lint bench docs clean
+.PHONY: demo test test-fast test-matrix gpu-check lint bench docs clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "launcher needs Python 3.11 or newer: call make with PYTHON=python3.x")'
@@ -16,10 +16,16 @@ demo: $(READY)  ## set-up, then the main job on real data: train, stop, resume, 
 	$(BIN)/python -m launcher.demo
 
 test: $(READY)  ## set-up, then every test
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not gpu and not matrix" -n 2 --dist worksteal
 
 test-fast: $(READY)  ## the default selection, under two minutes
 	$(BIN)/python -m pytest
+
+test-matrix: $(READY)  ## the long forms: every strategy x ranks pair of checkpoints, built DeepSpeed ops; minutes
+	$(BIN)/python -m pytest -m matrix -n 2 --dist worksteal
+
+gpu-check:  ## on a GPU machine, with the Python that has torch: kernels, parity, memory, tokens/s; writes gpu-check.json
+	$(PYTHON) benchmarks/gpu_check.py --out gpu-check.json
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -29,6 +35,8 @@ lint: $(READY)  ## ruff and mypy
 bench: $(READY)  ## every benchmark, as ratios
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/engine_overhead.py
 
 docs: $(READY)  ## the pages that are made from the code
 	$(BIN)/python -m launcher.recipe.schema._docs > docs/recipe.md
