@@ -73,7 +73,7 @@ CASES = {
     "number for a word": arg("run.name=2024", "run.name", "expected text", "Put it in quotes: '2024'."),
     "commit that looks like a number": arg("model.revision=1e10", "model.revision", "expected text", "in quotes"),
     "word that is not allowed": arg(
-        "strategy.kind=fsdp", "strategy.kind", "expected ddp or fsdp2", "Did you mean 'fsdp2'?"
+        "strategy.kind=fsdp", "strategy.kind", "expected ddp, fsdp2, zero1, zero2 or zero3", "Did you mean 'fsdp2'?"
     ),
     "quoted literal truth": arg("model.liger='true'", "model.liger", "auto, true or false", "without quotes"),
     "one for true": arg("model.liger=1", "model.liger", "auto, true or false"),
@@ -132,7 +132,7 @@ CASES = {
     "unknown preset": line(
         "strategy: fsdp3\n",
         "strategy",
-        "a preset of strategy (ddp, fsdp2, fsdp2-offload, hsdp)",
+        "a preset of strategy (ddp, fsdp2, fsdp2-offload, hsdp, zero1, zero2, zero2-offload, zero3, ",
         "Did you mean 'fsdp2'?",
     ),
     "hub id as model preset": whole(

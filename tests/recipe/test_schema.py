@@ -37,7 +37,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
     """Any value that a field of this type may hold."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, types.UnionType) or origin is typing.Union:
-        return st.none() | values_of(arguments[0])
+        return st.one_of(st.none() if kind is type(None) else values_of(kind) for kind in arguments)
     if is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         return st.builds(hint, **{f.name: values_of(hints[f.name]) for f in fields(hint)})
@@ -102,6 +102,7 @@ def test_exclusive_keys_are_keys_of_the_schema_with_their_empty_values():
     ("hint", "words"),
     [
         (int | None, "a whole number, or null"),
+        (bool | int, "true or false or a whole number"),
         (typing.Literal["a"], "a"),
         (typing.Literal["auto", True, False], "auto, true or false"),
         (list[str], "a list of words"),

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from launcher.errors import Problem
+from launcher.errors import Problem, show_value
 
 
 @dataclass(kw_only=True, slots=True)
 class Offload:
-    """What is kept outside GPU memory.
+    """What is kept outside GPU memory. State on nvme is not promised bit-exact when a run is resumed.
 
-    optimizer: where moments and the update live; nvme only with zero3
-    params: where the sharded weights live between uses; fsdp2 or zero3, nvme only with zero3
-    nvme_path: folder on each node's local disk for what goes to nvme
+    optimizer: where moments and the update live: fsdp2 (as params) or ZeRO, nvme only with zero3; on nvme a resumed
+        run goes on closely, but is not promised to go on bit for bit
+    params: where the sharded weights live between uses: fsdp2 or zero3, nvme only with zero3, with the same reserve
+    nvme_path: folder on each node's local disk for what goes to nvme, an absolute path
     """
 
     optimizer: Literal["none", "cpu", "nvme"] = "none"
@@ -83,24 +85,132 @@ class Strategy:
 
 def check(strategy: Strategy) -> Iterator[Problem]:
     """Rules of this section alone."""
-    offload = strategy.offload
+    yield from _keys_of_others(strategy)
+    yield from _mesh(strategy)
+    yield from _offload(strategy)
+    yield from _nvme_path(strategy.offload)
+    yield from _zero(strategy.zero)
+    again = strategy.reshard_after_forward
+    if not isinstance(again, bool) and again < 2:
+        fix = "Write false to keep gathered weights until the backward pass."
+        yield Problem("strategy.reshard_after_forward", again, "true, false, or a group of 2 ranks or more", fix)
+    if strategy.prefetch is not None and strategy.prefetch < 1:
+        yield Problem("strategy.prefetch", strategy.prefetch, "1 block or more, or null for torch's own choice")
+
+
+_FSDP2: tuple[str, ...] = ("fsdp2",)
+_ZERO3: tuple[str, ...] = ("zero3",)
+_ZERO: tuple[str, ...] = ("zero1", "zero2", "zero3")
+_READ_BY = {  # the strategies that read a key; with any other it must hold its default, for it would be ignored
+    "reshard_after_forward": _FSDP2,
+    "prefetch": _FSDP2,
+    "zero.reduce_bucket_size": _ZERO,
+    "zero.allgather_bucket_size": ("zero1", "zero2"),
+    "zero.overlap_comm": _ZERO,
+    "zero.param_persistence_threshold": _ZERO3,
+    "zero.prefetch_bucket_size": _ZERO3,
+    "zero.max_live_parameters": _ZERO3,
+    "zero.sub_group_size": _ZERO3,
+    "zero.hpz_partition_size": _ZERO3,
+    "zero.quantized_weights": _ZERO3,
+    "zero.quantized_gradients": _ZERO3,
+    "zero.leaf_modules": _ZERO3,
+    "deepspeed": _ZERO,
+}
+_ON_GPU = ("none",), "which keeps whole copies in GPU memory"
+_WHOLE = ("none",), "which keeps the weights whole on each rank"
+_HOST = ("none", "cpu"), "which cannot use nvme"
+_ANYWHERE = ("none", "cpu", "nvme"), ""
+_PLACES = {  # where a strategy can keep state, and why nowhere else
+    ("ddp", "optimizer"): _ON_GPU,
+    ("ddp", "params"): _ON_GPU,
+    ("fsdp2", "optimizer"): _HOST,
+    ("fsdp2", "params"): _HOST,
+    ("zero1", "optimizer"): _HOST,
+    ("zero1", "params"): _WHOLE,
+    ("zero2", "optimizer"): _HOST,
+    ("zero2", "params"): _WHOLE,
+    ("zero3", "optimizer"): _ANYWHERE,
+    ("zero3", "params"): _ANYWHERE,
+}
+_LEAST = {
+    "reduce_bucket_size": 1,
+    "allgather_bucket_size": 1,
+    "param_persistence_threshold": 0,
+    "prefetch_bucket_size": 0,
+    "max_live_parameters": 0,
+    "sub_group_size": 1,
+    "hpz_partition_size": 1,
+}
+
+
+def _keys_of_others(strategy: Strategy) -> Iterator[Problem]:
+    default = Strategy()
+    for key, kinds in _READ_BY.items():
+        value, unset = operator.attrgetter(key)(strategy), operator.attrgetter(key)(default)
+        if strategy.kind not in kinds and value != unset:
+            readers = f"only {kinds[0]} reads" if len(kinds) == 1 else f"only {', '.join(kinds)} read"
+            expected = f"{show_value(unset)} (the default) with {strategy.kind}: {readers} it"
+            fix = f"Remove the key, or use strategy.kind={kinds[-1]}."
+            yield Problem(f"strategy.{key}", value, expected, fix, because=("strategy.kind",))
+
+
+def _mesh(strategy: Strategy) -> Iterator[Problem]:
+    kind, because = strategy.kind, ("strategy.kind",)
     for key in ("replicate", "shard"):
         value = getattr(strategy, key)
-        if value is not None and value < 1:
+        if value is None:
+            continue
+        if value < 1:
             yield Problem(f"strategy.{key}", value, "1 rank or more, or null")
-    if strategy.kind == "ddp" and strategy.shard not in (None, 1):
-        yield Problem(
-            "strategy.shard", strategy.shard, "1 or null with ddp, which shards nothing", "Use strategy.kind=fsdp2."
-        )
-    if strategy.kind == "ddp" and (offload.params, offload.optimizer) != ("none", "none"):
-        yield Problem("strategy.offload", "cpu", "none with ddp", "Use strategy.kind=fsdp2 to offload.")
-    if strategy.kind == "ddp" and not strategy.reshard_after_forward:
-        yield Problem("strategy.reshard_after_forward", False, "true (the default) with ddp, which never reshards")
-    if strategy.kind == "fsdp2" and offload.params != offload.optimizer:
+        elif kind in _ZERO:
+            fix = "Use strategy.kind=fsdp2 for shards in groups and copies across them."
+            yield Problem(
+                f"strategy.{key}", value, f"null with {kind}, which shards over all ranks", fix, because=because
+            )
+        elif kind == "ddp" and key == "shard" and value != 1:
+            expected = "1 or null with ddp, which shards nothing"
+            yield Problem("strategy.shard", value, expected, "Use strategy.kind=fsdp2.", because=because)
+
+
+def _offload(strategy: Strategy) -> Iterator[Problem]:
+    """State that the strategy cannot keep there; one complaint a key."""
+    kind, offload, wrong = strategy.kind, strategy.offload, False
+    for key in ("optimizer", "params"):
+        value, (places, why) = getattr(offload, key), _PLACES[kind, key]
+        if value not in places:
+            wrong = True
+            fix = f"Use strategy.kind={'fsdp2' if kind == 'ddp' and value == 'cpu' else 'zero3'}."
+            expected = f"{' or '.join(places)} with {kind}, {why}"
+            yield Problem(f"strategy.offload.{key}", value, expected, fix, because=("strategy.kind",))
+    if kind == "fsdp2" and not wrong and offload.params != offload.optimizer:
         yield Problem(
             "strategy.offload.optimizer", offload.optimizer, f"{offload.params}, as offload.params",
             "fsdp2 keeps weights and moments in the same memory: set both to cpu, or both to none.",
             because=("strategy.kind", "strategy.offload.params"),
         )  # fmt: skip
-    if offload.nvme_path is not None:
-        yield Problem("strategy.offload.nvme_path", offload.nvme_path, "null: ddp and fsdp2 cannot offload to nvme")
+
+
+def _nvme_path(offload: Offload) -> Iterator[Problem]:
+    on_nvme = [key for key in ("optimizer", "params") if getattr(offload, key) == "nvme"]
+    because = ("strategy.offload.optimizer", "strategy.offload.params")
+    path = offload.nvme_path
+    if on_nvme and not path:
+        expected = f"a folder on each node's local disk, because offload.{on_nvme[0]} = nvme"
+        yield Problem("strategy.offload.nvme_path", path, expected, "Write e.g. /local_nvme.", because=because)
+    elif path is not None and not on_nvme:
+        fix = "Remove the key, or write offload.optimizer=nvme."
+        yield Problem("strategy.offload.nvme_path", path, "null: nothing is offloaded to nvme", fix, because=because)
+    elif path is not None and not path.startswith("/"):
+        yield Problem("strategy.offload.nvme_path", path, "an absolute path, the same on each node")
+
+
+def _zero(zero: Zero) -> Iterator[Problem]:
+    for key, least in _LEAST.items():
+        value = getattr(zero, key)
+        if value is not None and value < least:
+            null = ", or null" if key != "hpz_partition_size" else ", where 1 means no second copy"
+            yield Problem(f"strategy.zero.{key}", value, f"{least} or more{null}")
+    if zero.leaf_modules is not None and not all(zero.leaf_modules or [""]):
+        fix = "Write null to have them chosen by architecture."
+        yield Problem("strategy.zero.leaf_modules", zero.leaf_modules, "names of classes, or null", fix)
