@@ -112,7 +112,8 @@ def _loop(recipe: Recipe) -> Iterator[tuple[str, tuple[Any, str]]]:
     yield "zero_allow_untested_optimizer", (True, "torch's AdamW is made by the trainer and handed over")
     yield "zero_force_ds_cpu_optimizer", (False, "that AdamW also updates what is offloaded; nothing is compiled")
     yield "steps_per_print", (NEVER, "the trainer writes the figures")
-    yield "wall_clock_breakdown", (False, "its timers make the device wait in each step")
+    yield "wall_clock_breakdown", (False, "its timers make the host wait for the device in each step")
+    yield "timers.throughput.enabled", (False, "likewise; the trainer measures without waiting")
 
 
 def _types(recipe: Recipe, precision: Type) -> Iterator[tuple[str, tuple[Any, str]]]:
