@@ -39,8 +39,9 @@ class Zero:
     sub_group_size: elements updated together, which bounds what an offloaded update holds (zero3)
     hpz_partition_size: ZeRO++: ranks that hold a second copy of the shards among them, usually those of a node;
         1: none (zero3)
-    quantized_weights: ZeRO++: gather weights in 8 bit (zero3)
-    quantized_gradients: ZeRO++: reduce gradients in 4 bit (zero3)
+    quantized_weights: ZeRO++: gather weights in 8 bit (zero3, on GPUs)
+    quantized_gradients: ZeRO++: reduce gradients in 4 bit across nodes (zero3; precision fp16 alone, for DeepSpeed reads
+        gradients of any other type as fp16)
     leaf_modules: classes gathered whole, as blocks of experts must be; null: chosen by architecture (zero3)
     """
 
