@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from launcher.data.batches import Batches
 from launcher.data.store import Store
 from launcher.errors import UserError
-from launcher.trainer import engines, model, objectives
+from launcher.trainer import engines, frozen, model, objectives
 from launcher.trainer.loop import Training
 from launcher.trainer.metrics import MetricsWriter
 from launcher.trainer.proof import prove_isolation
@@ -44,8 +45,9 @@ def assemble(
     from launcher.trainer.checkpoint.manager import CheckpointManager
 
     data = read_data(run)
-    resuming = bool(valid_checkpoints(run))
-    engine, backend = build_engine(recipe, data, ranks=ranks, device=device, fill=_fill(recipe, resuming))
+    fill = _fill(recipe, [ref.path for ref in valid_checkpoints(run)])
+    engine: Any
+    engine, backend, base = build_engine(recipe, data, ranks=ranks, device=device, fill=fill)
     manager = CheckpointManager(
         run, attempt=attempt, rank=ranks.rank, world_size=ranks.world_size, keep_last=recipe.checkpoint.keep_last,
         keep_every_steps=recipe.checkpoint.keep_every_steps, asynchronous=recipe.checkpoint.async_save,
@@ -54,7 +56,12 @@ def assemble(
             "optimizer": recipe.optimizer.kind,
         },
     )  # fmt: skip
-    state = manager.load_latest(engine)  # None without checkpoints; raises when there are some and none is sound
+    given = frozen.frozen_names(engine.module) if fill == "frozen" else set()
+    # None without checkpoints; raises when there are some and none is sound
+    state = manager.load_latest(engine, given=given)
+    if recipe.adapter.kind != "full":
+        opened = run.checkpoints / manager.loaded if manager.loaded else None
+        manager.meta["base"] = frozen.same_base(opened, base)
     if state is not None:
         engine.load_trainer_state(state)
     step = int(state["step"]) if state else 0
@@ -71,11 +78,13 @@ def assemble(
     )  # fmt: skip
 
 
-def _fill(recipe: Recipe, resuming: bool) -> engines.Fill:
-    """What the base model must give: everything at the beginning, later only what no checkpoint holds."""
-    if not resuming:
+def _fill(recipe: Recipe, checkpoints: list[Path]) -> engines.Fill:
+    """What the base model must give: everything at the beginning, later only what the checkpoints may not hold."""
+    if not checkpoints:
         return "all"
-    return "none" if recipe.adapter.kind == "full" or recipe.checkpoint.store_frozen else "frozen"
+    if recipe.adapter.kind == "full":
+        return "none"
+    return "none" if recipe.checkpoint.store_frozen and all(map(frozen.holds_frozen, checkpoints)) else "frozen"
 
 
 def read_data(run: RunDirectory) -> dict[str, Any]:
@@ -95,12 +104,13 @@ def read_data(run: RunDirectory) -> dict[str, Any]:
 
 def build_engine(
     recipe: Recipe, data: dict[str, Any], *, ranks: Ranks, device: torch.device, fill: engines.Fill
-) -> tuple[engines.Engine, str]:
-    """(engine, attention back end); what `fill` leaves out has undefined values."""
+) -> tuple[engines.Engine, str, dict[str, Any]]:
+    """(engine, attention back end, what is known of frozen weights); what `fill` leaves out has undefined values."""
     precision = engines.choose_precision(recipe.train.precision, recipe.model.dtype, device)
     skeleton = model.build_for(
-        recipe.model, device=device, compute=precision.compute, objective_kind=recipe.objective.kind
-    )
+        recipe.model, device=device, compute=precision.compute, objective_kind=recipe.objective.kind,
+        adapter=recipe.adapter,
+    )  # fmt: skip
     model.check_vocabulary(skeleton.config, data_vocab_size=data["vocab_size"])
     weights = None
     if ranks.rank == 0:
@@ -110,9 +120,10 @@ def build_engine(
         for note in (f"precision: {compute} ({precision.reason})", *skeleton.notes):
             print(note, flush=True)
         if fill != "none":
-            weights = model.read_weights(recipe.model, skeleton.config, seed=recipe.train.seed)
+            weights = model.read_weights(recipe.model, skeleton.config, seed=recipe.train.seed, adapter=recipe.adapter)
+    base = frozen.describe(recipe, skeleton, weights) if recipe.adapter.kind != "full" else {}
     engine = engines.build(recipe, skeleton.module, device=device, precision=precision, weights=weights, fill=fill)
-    return engine, skeleton.backend
+    return engine, skeleton.backend, base
 
 
 def _rows(

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from launcher.errors import UserError
-from launcher.trainer import activations, attention, kernels, objectives
+from launcher.trainer import activations, adapters, attention, kernels, objectives
 from launcher.trainer.objectives import Batch
 from launcher.trainer.objectives.chunked import Head, weighted_nll
 
 if TYPE_CHECKING:
-    from launcher.recipe.schema import Model
+    from launcher.recipe.schema import Adapter, Model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,7 +58,7 @@ class TrainedModel(nn.Module):
         states = self.lm.base_model(**arguments).last_hidden_state.flatten(0, 1).index_select(0, batch.trained)
         linear = self.lm.get_output_embeddings()
         bias = getattr(linear, "bias", None)
-        if self.liger and batch.uniform and self.head.scale == 1.0 and len(batch.targets):
+        if self.liger and kernels.fits_fused_loss(batch, states, self.head):
             return kernels.fused_nll_sum(states, linear.weight, bias, batch.targets, self.head.softcap).double()
         return weighted_nll(states, linear.weight, bias, batch.targets, batch.weights, self.head)
 
@@ -73,10 +73,10 @@ class TrainedModel(nn.Module):
 
 
 def hugging_face_name(name: str) -> str:
-    """A parameter's name without what wrappers put before it."""
+    """A parameter's name without what wrappers put before it and adapters into it."""
     for prefix in ("_orig_mod.", "_checkpoint_wrapped_module."):
         name = name.replace(prefix, "")
-    return name.removeprefix("module.").removeprefix("lm.")
+    return adapters.plain_name(name.removeprefix("module.").removeprefix("lm."))
 
 
 @dataclass(slots=True)
@@ -116,39 +116,59 @@ def load_config(model: Model) -> Any:
     return config
 
 
-def build_for(model: Model, *, device: torch.device, compute: torch.dtype, objective_kind: str) -> Skeleton:
+def build_for(
+    model: Model,
+    *,
+    device: torch.device,
+    compute: torch.dtype,
+    objective_kind: str,
+    adapter: Adapter | None = None,
+) -> Skeleton:
     """Skeleton with every choice made for this device: attention, kernels, loss path.
 
     Args:
         compute: type of the arithmetic
+        adapter: None: train every parameter
     """
     config = load_config(model)
     chosen = attention.choose(
         model.attention, device, dtype=compute, config=config.get_text_config(), model_class=_model_class(config)
     )
     use = kernels.choose(model.liger, device, config.model_type)
-    return build_skeleton(model, config, chosen=chosen, use=use, objective=objectives.get(objective_kind))
+    objective = objectives.get(objective_kind)
+    return build_skeleton(model, config, chosen=chosen, use=use, objective=objective, adapter=adapter)
 
 
 def build_skeleton(
-    model: Model, config: Any, *, chosen: attention.Attention, use: kernels.Kernels, objective: Any
+    model: Model,
+    config: Any,
+    *,
+    chosen: attention.Attention,
+    use: kernels.Kernels,
+    objective: Any,
+    adapter: Adapter | None = None,
 ) -> Skeleton:
     """The trained module with parameters on the meta device and real buffers; the same on every rank, costs no memory.
 
     Raises:
-        UserError: the architecture is not a causal language model, or cannot keep documents apart.
+        UserError: the architecture is not a causal language model, cannot keep documents apart, or has not the layers
+            that are to get an adapter.
     """
     with parameters_on_meta():
         lm = _from_config(model, config, chosen.implementation)
+        adapted = adapters.inject(lm, adapter) if adapter is not None and adapter.kind == "lora" else None
     attention.refuse_without_positions(lm.base_model)
+    liger = f"liger: {str(use.liger).lower()} ({use.reason})"
     if use.liger:
-        kernels.apply(lm)
+        liger += f"; {kernels.apply(lm, use)}"
     head, why = find_head(lm)
     notes = [
         f"attention: {chosen.backend} ({chosen.reason})",
-        f"liger: {str(use.liger).lower()} ({use.reason})",
+        f"{liger}; {kernels.loss_clause(head)}" if use.liger else liger,
         f"loss: {why}",
     ]
+    if adapted is not None:
+        notes.append(f"adapter: {adapted}")
     module = TrainedModel(lm, head=head, liger=use.liger)
     if model.gradient_checkpointing != "none":
         notes.append(f"gradient checkpointing: {activations.apply(module, model.gradient_checkpointing)}")
@@ -156,11 +176,11 @@ def build_skeleton(
     return Skeleton(module, config, chosen.backend, notes)
 
 
-def read_weights(model: Model, config: Any, *, seed: int) -> dict[str, Tensor]:
+def read_weights(model: Model, config: Any, *, seed: int, adapter: Adapter | None = None) -> dict[str, Tensor]:
     """Every parameter and persistent buffer in host memory, by Hugging Face name; called on one rank of the job.
 
     From a name or folder they are read; from a config they are random, decided by the seed alone, so that they are
-    the same for every engine, device and number of ranks.
+    the same for every engine, device and number of ranks. So are the start values of an adapter.
 
     Raises:
         UserError: weights are missing in the folder, or it cannot be read.
@@ -168,6 +188,9 @@ def read_weights(model: Model, config: Any, *, seed: int) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     lm = _from_config(model, config, "eager") if model.config is not None else _from_pretrained(model, config)
     lm.tie_weights()
+    if adapter is not None and adapter.kind == "lora":
+        adapters.inject(lm, adapter)
+        adapters.start(lm, seed)
     return dict(named_state(lm))
 
 
@@ -246,6 +269,8 @@ def find_head(lm: Any) -> tuple[Head | None, str]:
     The proof needs no weights: the backbone is replaced by a stub that returns random hidden states, the output layer
     by a small random one, and the model's own logits are compared with ours.
     """
+    if adapters.has_adapter(lm.get_output_embeddings()):
+        return None, "whole logits of each micro-batch, because the output layer has an adapter"
     config = lm.config.get_text_config()
     head = Head(scale=_logit_scale(config), softcap=getattr(config, "final_logit_softcapping", None))
     try:

@@ -80,11 +80,12 @@ def make_engine(
     """An engine with its weights, and its attention back end; collective over the ranks."""
     precision = engines.choose_precision(recipe.train.precision, recipe.model.dtype, device)
     skeleton = model.build_for(
-        recipe.model, device=device, compute=precision.compute, objective_kind=recipe.objective.kind
-    )
+        recipe.model, device=device, compute=precision.compute, objective_kind=recipe.objective.kind,
+        adapter=recipe.adapter,
+    )  # fmt: skip
     weights = None
     if fill != "none" and rank == 0:
-        weights = model.read_weights(recipe.model, skeleton.config, seed=recipe.train.seed)
+        weights = model.read_weights(recipe.model, skeleton.config, seed=recipe.train.seed, adapter=recipe.adapter)
     engine = engines.build(recipe, skeleton.module, device=device, precision=precision, weights=weights, fill=fill)
     return engine, skeleton.backend
 

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -135,12 +135,14 @@ class CheckpointManager:
         self._join()
         return self._finished.pop() if self._finished else _IDLE
 
-    def load_latest(self, engine: Engine) -> dict[str, Any] | None:
+    def load_latest(self, engine: Engine, *, given: Container[str] = ()) -> dict[str, Any] | None:
         """Put the newest good checkpoint into the engine, whatever engine and number of ranks wrote it.
 
         Every file is hashed once over the ranks before any byte is used. What is bad is logged by name on rank 0 and
         listed in `problems`, and the checkpoint before it is tried. What older attempts left unfinished is deleted.
 
+        Args:
+            given: names of frozen parameters that have their values already: a checkpoint may hold them or not
         Returns:
             The saved trainer_state, or None when the run has no checkpoint.
         Raises:
@@ -153,7 +155,7 @@ class CheckpointManager:
             folder = self.run.checkpoints / name
             reader, problems = self._open(folder)
             if reader is not None:
-                state = self._load(reader, engine)
+                state = self._load(reader, engine, given)
                 self.loaded = name
                 break
             self._bad.add(name)
@@ -237,12 +239,18 @@ class CheckpointManager:
         table, problem = self._from_rank_0((table, problem))
         return (None, problem.splitlines()) if problem else (Reader(folder, manifest, table), [])
 
-    def _load(self, reader: Reader, engine: Engine) -> dict[str, Any]:
-        differences = _differences(reader.manifest["params"], engine.parameter_shapes())
+    def _load(self, reader: Reader, engine: Engine, given: Container[str]) -> dict[str, Any]:
+        stored, wanted = reader.manifest["params"], engine.parameter_shapes()
+        differences = _differences(
+            {name: entry for name, entry in stored.items() if name in wanted or name not in given},
+            {name: entry for name, entry in wanted.items() if name in stored or name not in given},
+        )
         if differences:
             raise CheckpointError(f"{reader.folder.name} is of another model: " + "; ".join(differences))
         engine.ensure_state()
         for piece in engine.pieces():
+            if piece.name in given and piece.name not in stored:
+                continue
             reader.read_into(piece.name, piece.kind, piece.start, piece.tensor)
         engine.set_step(reader.manifest["step"])
         engine.refresh()
