@@ -46,19 +46,26 @@ def learning_rate(optimizer: Optimizer, step: int, total_steps: int) -> float:
 
 
 def build_adamw(optimizer: Optimizer, module: nn.Module) -> torch.optim.AdamW:
-    """Fused AdamW over the trained parameters: decay on matrices only, not on norms and biases.
+    """Fused AdamW over the trained parameters.
 
     The fused form runs on CPU and GPU and skips an update on the device when its `found_inf` is set.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
     betas = (optimizer.betas[0], optimizer.betas[1])
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True
-    )
+    groups = parameter_groups(optimizer, module)
+    return torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True)
+
+
+def parameter_groups(optimizer: Optimizer, module: nn.Module) -> list[dict[str, Any]]:
+    """The trained parameters with their weight decay: on matrices only, not on norms and biases."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    whole = [getattr(p, "ds_shape", p.shape) for p in trained]  # ZeRO-3 keeps the shape of what it has cut up there
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p, shape in zip(trained, whole, strict=True) if len(shape) >= 2]},
+        {"params": [p for p, shape in zip(trained, whole, strict=True) if len(shape) < 2]},
+    ]
+    for group, decay in zip(groups, (optimizer.weight_decay, 0.0), strict=True):
+        group["weight_decay"] = decay
+    return [group for group in groups if group["params"]]
 
 
 @dataclass(slots=True)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 ENGINES = {
     "ddp": "launcher.trainer.engines.ddp",
     "fsdp2": "launcher.trainer.engines.fsdp2",
+    "zero1": "launcher.trainer.engines.deepspeed",
+    "zero2": "launcher.trainer.engines.deepspeed",
+    "zero3": "launcher.trainer.engines.deepspeed",
 }
 
 
@@ -85,8 +88,15 @@ def choose_precision(requested: str, dtype: str, device: torch.device) -> Precis
     """What `train.precision` means for weights of `model.dtype` on this device.
 
     Raises:
-        UserError: bf16 weights with another precision.
+        UserError: bf16 weights with another precision, or bf16 on a GPU that only emulates it.
     """
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda" and not native and "bf16" in (requested, dtype):
+        raise UserError(
+            f"{'train.precision' if requested == 'bf16' else 'model.dtype'} = bf16: expected a GPU with native bf16 "
+            f"(compute capability 8.0 or newer), this one is {torch.cuda.get_device_name(device)}. "
+            "Use model.dtype=fp32 with train.precision=fp16."
+        )
     if dtype == "bf16":
         if requested in ("fp32", "fp16"):
             raise UserError(
@@ -95,7 +105,6 @@ def choose_precision(requested: str, dtype: str, device: torch.device) -> Precis
             )
         return Precision(torch.bfloat16, "weights are bf16 (model.dtype)")
     if requested == "auto":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         why = "this GPU computes bf16 natively" if native else f"no native bf16 on this {device.type}"
         return Precision(torch.bfloat16 if native else torch.float32, f"auto: {why}")
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,0 +1,337 @@
+"""ZeRO 1, 2 and 3 by DeepSpeed: how it is built around a skeleton, driven a step at a time, and where its state lies.
+
+What DeepSpeed is told stands in `launcher.strategy.deepspeed`. Whether an update is dropped, DeepSpeed decides on the
+host: each step reads the norm of the gradient once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from launcher.errors import UserError
+from launcher.strategy.deepspeed import config as deepspeed_config
+from launcher.trainer.engines import Fill, Precision
+from launcher.trainer.engines.base import MOMENTS, hand_out, stored_parameters
+from launcher.trainer.model import TrainedModel, hugging_face_name, materialise, persistent_buffers
+from launcher.trainer.objectives import Batch
+from launcher.trainer.optim import LossScale, build_adamw
+
+if TYPE_CHECKING:
+    from launcher.recipe.schema import Recipe
+    from launcher.trainer.checkpoint.format import Piece
+
+Span = tuple[Tensor, int, int, int]  # flat fp32 buffer, where in it, start in the flattened parameter, length
+NAMES: dict[torch.dtype, Literal["fp32", "bf16", "fp16"]] = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+}  # fmt: skip
+
+
+class ZeroEngine:
+    """See the module.
+
+    Args:
+        engine: what `deepspeed.initialize` gave
+        compute: type of the arithmetic
+    """
+
+    def __init__(
+        self, recipe: Recipe, module: TrainedModel, engine: Any, *, device: torch.device, compute: torch.dtype
+    ) -> None:
+        self.module, self.engine, self.device, self.compute = module, engine, device, compute
+        self.zero = engine.optimizer
+        self.optimizer = self.zero.optimizer  # over the flat buffers
+        self.stage = int(recipe.strategy.kind[-1])
+        self.store_frozen = recipe.checkpoint.store_frozen
+        self.nonfinite = torch.zeros((), dtype=torch.float64, device=device)
+        self.loss_scale = LossScale.start(torch.device("cpu")) if compute == torch.float16 else None
+        self._take_over_loss_scale()
+
+    def forward_backward(self, batch: Batch, *, loss_scale: float, sync: bool) -> Tensor:
+        """See Engine. ZeRO-1 reduces with `sync` alone, ZeRO-2 and 3 after every micro-batch, into their shards."""
+        self.module.train()
+        self.engine.set_gradient_accumulation_boundary(sync)
+        total: Tensor = self.engine(batch)
+        # a loss that is not finite spoils the gradient on purpose: the reduction then tells every rank
+        scale = torch.where(torch.isfinite(total.detach()), loss_scale, math.nan)
+        self.engine.backward(total * scale, scale_wrt_gas=False)
+        return total.detach()
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """See Engine."""
+        self.module.eval()
+        with torch.no_grad():
+            return self.engine(batch).detach()  # type: ignore[no-any-return]
+
+    def clip_and_step(self, lr: float, max_norm: float | None) -> Tensor:
+        """See Engine. Clipping and the fp16 scale are DeepSpeed's; what it skips, it skips on every rank alike."""
+        self.zero.clip_grad = max_norm or 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        if self.stage == 3:  # else a parameter that no token reaches in the next step would repeat this gradient
+            self.zero.grad_partitions_flat_buffer.zero_()
+        dropped = torch.tensor(not self.engine.was_step_applied())
+        if self.loss_scale is not None:
+            dropped = self.loss_scale.update(dropped)
+            self._take_over_loss_scale()
+        self.nonfinite = dropped.to(device=self.device, dtype=torch.float64)
+        norm = self.zero._global_grad_norm
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.device).detach().reshape(())
+
+    def ensure_state(self) -> None:
+        """See Engine."""
+        if self.stage == 3:
+            self.zero.checkpoint_event_prologue()  # small parameters that stay gathered go back into their shards
+        for flat in self._flats():
+            if not self.optimizer.state[flat]:
+                step = torch.zeros((), dtype=torch.float32, device=flat.device)
+                zeros = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+                self.optimizer.state[flat] = {"step": step, **zeros}
+
+    def pieces(self) -> Iterator[Piece]:
+        """See Engine; call `ensure_state` first. Values are the fp32 masters."""
+        from launcher.trainer.checkpoint.format import Piece
+
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        for name, p in stored_parameters(self.module, self.store_frozen):
+            name = hugging_face_name(name)
+            if not p.requires_grad:
+                if self.stage < 3:
+                    yield Piece(name, "value", 0, p.detach().view(-1), rank, world_size)
+                else:
+                    start, length = _share(p)
+                    yield Piece(name, "value", start, p.ds_tensor.data.view(-1)[:length], 0, 1)  # type: ignore[attr-defined]
+                continue
+            if span := self._span(p):
+                flat, at, start, length = span
+                yield Piece(name, "value", start, flat.detach()[at : at + length], 0, 1)
+                for kind in MOMENTS:
+                    yield Piece(name, kind, start, self.optimizer.state[flat][kind][at : at + length], 0, 1)
+        for name, buffer in persistent_buffers(self.module):
+            yield Piece(hugging_face_name(name), "value", 0, buffer.view(-1), rank, world_size)
+
+    def set_step(self, step: int) -> None:
+        """See Engine."""
+        self.ensure_state()
+        for flat in self._flats():
+            state = self.optimizer.state[flat]
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(step)
+            else:  # DeepSpeedCPUAdam counts with an int
+                state["step"] = step
+        self.engine.global_steps = step
+
+    def refresh(self) -> None:
+        """See Engine: the copies that the forward pass reads are made anew from the fp32 masters."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for group in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        self.zero.invalidate_secondary_tensor()
+        self.zero.checkpoint_event_epilogue()
+
+    def parameter_shapes(self) -> dict[str, dict[str, Any]]:
+        """See Engine."""
+        out = {}
+        for name, t in [*stored_parameters(self.module, self.store_frozen), *persistent_buffers(self.module)]:
+            shape, dtype = getattr(t, "ds_shape", t.shape), torch.float32 if t.requires_grad else t.dtype
+            out[hugging_face_name(name)] = {
+                "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "trainable": t.requires_grad,
+            }  # fmt: skip
+        return out
+
+    def trainer_state(self) -> dict[str, Any]:
+        """See Engine."""
+        steps = {int(state["step"]) for flat in self._flats() if (state := self.optimizer.state[flat])}
+        scale = self.loss_scale
+        return {
+            "optimizer_step": max(steps, default=0),
+            "loss_scale": None if scale is None else [float(scale.value), float(scale.good)],
+        }
+
+    def load_trainer_state(self, state: dict[str, Any]) -> None:
+        """See Engine; another precision than the saved one begins its own loss scale."""
+        self.set_step(int(state["optimizer_step"]))
+        if self.loss_scale is not None and state.get("loss_scale"):
+            value, good = state["loss_scale"]
+            self.loss_scale = LossScale.start(torch.device("cpu"), value, good)
+            self._take_over_loss_scale()
+
+    def fill(self, weights: dict[str, Tensor] | None) -> None:
+        """Set the trained parameters' masters from rank 0's weights, in full precision, a parameter at a time."""
+        if self.stage == 3:
+            self.zero.checkpoint_event_prologue()
+        for name, p in self.module.named_parameters():
+            if p.requires_grad:
+                full = _from_reader(name, p, weights, dtype=torch.float32, device=self.device)
+                if span := self._span(p):
+                    flat, at, start, length = span
+                    flat.data[at : at + length].copy_(full[start : start + length])
+        self.refresh()
+
+    def _take_over_loss_scale(self) -> None:
+        """The scale of fp16 moves by our rule, which every engine shares; DeepSpeed is told its value."""
+        if self.loss_scale is not None:
+            self.zero.override_loss_scale(float(self.loss_scale.value))
+
+    def _flats(self) -> list[Tensor]:
+        """The flat fp32 buffers that the inner optimizer updates."""
+        if self.stage == 3:
+            return list(self.zero.fp32_partitioned_groups_flat)
+        return [group["params"][0] for group in self.optimizer.param_groups]
+
+    def _span(self, p: nn.Parameter) -> Span | None:
+        """Where this rank's part of a trained parameter lies; None when it has none."""
+        if self.stage == 3:
+            group, at, _ = self.zero.grad_position[self.zero.get_param_id(p)]
+            start, length = _share(p)
+            return (self.zero.fp32_partitioned_groups_flat[group], at, start, length) if length else None
+        group, first = self._places()[id(p)]
+        flat = self._flats()[group]
+        base = flat.numel() * dist.get_rank(self.zero.real_dp_process_group[group])
+        low, high = max(first, base), min(first + p.numel(), base + flat.numel())
+        return (flat, low - base, low - first, high - low) if high > low else None
+
+    def _places(self) -> dict[int, tuple[int, int]]:
+        """Parameter -> (group, offset in the whole group's flat buffer), ZeRO-1 and 2.
+
+        Not `p._hp_mapping`, which is wrong with round_robin_gradients (DeepSpeed 0.19.8).
+        """
+        if not hasattr(self, "_known_places"):
+            groups = getattr(self.zero, "round_robin_bit16_groups", None) or self.zero.bf16_groups
+            offsets = getattr(self.zero, "round_robin_bit16_offsets", None) or [
+                list(itertools.accumulate((p.numel() for p in group), initial=0)) for group in groups
+            ]
+            self._known_places = {
+                id(p): (i, at) for i, group in enumerate(groups) for p, at in zip(group, offsets[i], strict=False)
+            }
+        return self._known_places
+
+
+def build(
+    recipe: Recipe,
+    module: TrainedModel,
+    *,
+    device: torch.device,
+    precision: Precision,
+    weights: dict[str, Tensor] | None,
+    fill: Fill,
+) -> ZeroEngine:
+    """See `engines.build`."""
+    deepspeed, compute = load(device), precision.compute
+    if compute == torch.float16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        raise UserError(
+            f"train.precision = fp16: expected bf16 or fp32 with strategy.kind={recipe.strategy.kind} on this "
+            f"{device.type}: DeepSpeed has no fp16 here. Write bf16."
+        )
+    settings = deepspeed_config(
+        recipe, world_size=dist.get_world_size(), device="cuda" if device.type == "cuda" else "cpu",
+        precision=NAMES[compute],
+    )  # fmt: skip
+    if recipe.strategy.kind == "zero3":
+        _partition(deepspeed, settings, module, weights, device=device, compute=compute, fill=fill)
+    else:
+        materialise(module, device)
+        if fill != "none":
+            hand_out(module, weights, device, fill="frozen")
+    if fill == "all":
+        _fill_buffers(module, weights, device)
+    optimizer = build_adamw(recipe.optimizer, module)
+    with contextlib.redirect_stdout(io.StringIO()):  # lines on memory; warnings go to the log all the same
+        engine = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
+    if hasattr(engine.optimizer, "loss_scaler"):
+        engine.optimizer.loss_scaler.update_scale = lambda overflow: None  # what was dropped is reported by the loop
+    built = ZeroEngine(recipe, module, engine, device=device, compute=compute)
+    if fill == "all":
+        built.fill(weights)
+    return built
+
+
+def load(device: torch.device) -> Any:
+    """Import DeepSpeed for this device: quiet, compiling nothing, in the process group that exists.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            "strategy.kind: zero1, zero2 and zero3 need DeepSpeed, which is not installed here "
+            f"({error}). Run pip install 'train-launcher[deepspeed]'."
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's older calls
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled here and now
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return deepspeed
+
+
+def _partition(
+    deepspeed: Any,
+    settings: dict[str, Any],
+    module: TrainedModel,
+    weights: dict[str, Tensor] | None,
+    *,
+    device: torch.device,
+    compute: torch.dtype,
+    fill: Fill,
+) -> None:
+    """Give each parameter memory, its frozen value, and at once its shard: no rank ever holds two whole ones."""
+    init = deepspeed.zero.Init(config_dict_or_path=settings)
+    names = {id(p): name for name, p in module.named_parameters()}
+    made: dict[int, nn.Parameter] = {}
+    for child in module.modules():
+        for key, p in list(child._parameters.items()):
+            if p is None:
+                continue
+            if id(p) not in made:
+                new = nn.Parameter(torch.empty(p.shape, dtype=compute, device=device), requires_grad=p.requires_grad)
+                if not p.requires_grad and fill != "none":
+                    full = _from_reader(names[id(p)], p, weights, dtype=compute, device=device)
+                    new.data.copy_(full.view(p.shape))
+                init._convert_to_deepspeed_param(new)
+                new.partition()  # type: ignore[attr-defined]
+                made[id(p)] = new
+            child._parameters[key] = made[id(p)]
+    materialise(module, device)  # moves the buffers
+
+
+def _fill_buffers(module: nn.Module, weights: dict[str, Tensor] | None, device: torch.device) -> None:
+    for name, buffer in persistent_buffers(module):
+        buffer.view(-1).copy_(_from_reader(name, buffer, weights, dtype=buffer.dtype, device=device))
+
+
+def _from_reader(
+    name: str, like: Tensor, weights: dict[str, Tensor] | None, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Rank 0's tensor of this name, flattened, on every rank; rank 0 lets go of it."""
+    if weights is not None:
+        full = weights.pop(hugging_face_name(name)).to(device=device, dtype=dtype).contiguous().view(-1)
+    else:
+        full = torch.empty(math.prod(getattr(like, "ds_shape", like.shape)), dtype=dtype, device=device)
+    dist.broadcast(full, src=0)
+    return full
+
+
+def _share(p: Any) -> tuple[int, int]:
+    """(start, length) of this rank's part of a ZeRO-3 parameter, without the padding."""
+    part = p.ds_tensor.ds_numel
+    start = min(dist.get_rank(p.ds_process_group) * part, p.ds_numel)
+    return start, min(part, p.ds_numel - start)
