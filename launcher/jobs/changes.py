@@ -14,7 +14,10 @@ IDENTITY = (
     "train.seed", "train.global_batch_size",
 )  # fmt: skip
 FREE = ("data.cache_dir", "data.num_workers")  # inside `data`, yet without effect on the samples
-WEIGHTS = ("model.name", "model.config", "model.dtype", "adapter")  # parameters that a checkpoint's bytes do not fit
+# parameters that a checkpoint's bytes do not fit; alpha and dropout of an adapter change what is learnt, not its shape
+WEIGHTS = ("model.name", "model.config", "model.dtype", "adapter.kind", "adapter.rank", "adapter.targets")
+KIND = "adapter.kind"
+OF_LORA = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets")
 PLACE = ("run.name", "run.dir")  # where the run lies; it may have been moved
 
 
@@ -40,11 +43,15 @@ class Change:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """Every key whose value differs, in the order of the schema; where a run lies is no change."""
+    """Every key whose value differs, in the order of the schema; where a run lies is no change.
+
+    Nor is an adapter's rank where there is no adapter.
+    """
     before, after = _flat(old), _flat(new)
     keys = [*after, *(key for key in before if key not in after)]
     found = [Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
-    return [change for change in found if not _under(change.key, PLACE)]
+    without_effect = (*PLACE, *OF_LORA) if before.get(KIND) == after.get(KIND) == "full" else PLACE
+    return [change for change in found if not _under(change.key, without_effect)]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -114,8 +114,9 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 def flops_per_step(module: Any, *, tokens: int, cost: float) -> float:
     """Floating point operations of one global batch, recomputation not counted.
 
-    6 x (parameters - input embedding) a token, and 6 x layers x heads x head_dim x sum of squared document lengths for
-    causal attention (the convention of NVIDIA's Megatron Bridge; a tied embedding is also the head and counts).
+    A token costs 6 for every trained parameter but the input embedding, 4 for a frozen one, which needs no gradient of
+    its own; causal attention 6 x layers x heads x head_dim x sum of squared document lengths (the convention of
+    NVIDIA's Megatron Bridge; a tied embedding is also the head and counts).
 
     Args:
         cost: sum of the squared document lengths
@@ -123,16 +124,21 @@ def flops_per_step(module: Any, *, tokens: int, cost: float) -> float:
     config = module.lm.config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 6.0 * _multiplied_parameters(module) * tokens + 6.0 * config.num_hidden_layers * heads * head_dim * cost
+    return _matrix_flops_per_token(module) * tokens + 6.0 * config.num_hidden_layers * heads * head_dim * cost
 
 
 @functools.lru_cache(maxsize=1)
-def _multiplied_parameters(module: Any) -> int:
-    """All but the input embedding, which is looked up; counted once a run."""
-    parameters = sum(p.numel() for p in module.parameters())
+def _matrix_flops_per_token(module: Any) -> float:
+    """Of all parameters but the input embedding, which is looked up; counted once a run."""
+    total = sum(_flops_per_token(p) for p in module.parameters())
     if getattr(module.lm.config.get_text_config(), "tie_word_embeddings", False):
-        return int(parameters)
-    return int(parameters - module.lm.get_input_embeddings().weight.numel())
+        return total
+    return total - _flops_per_token(module.lm.get_input_embeddings().weight)
+
+
+def _flops_per_token(p: torch.nn.Parameter) -> float:
+    numel = getattr(p, "ds_numel", p.numel())  # ZeRO-3 leaves an empty tensor where it has put a parameter in parts
+    return (6.0 if p.requires_grad else 4.0) * numel
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -32,6 +32,7 @@ def recipe() -> dict:
         ("train", "global_batch_size", 8, True),
         ("train", "micro_batch_size", 2, False),
         ("train", "max_steps", 9, False),
+        ("adapter", "kind", "lora", True),
         ("objective", "kind", "pretrain", True),
         ("optimizer", "lr", 0.5, False),
         ("strategy", "kind", "ddp", False),
@@ -44,6 +45,31 @@ def test_a_change_is_listed_and_known_to_break_the_identity_or_not(section, key,
     found = changes(old, new)
     assert {change.key.split(".")[0] for change in found} == {section}
     assert {change.breaks_identity for change in found} == {breaks}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fits"),
+    [
+        ("kind", "full", False),
+        ("rank", 4, False),
+        ("targets", ["q_proj"], False),
+        ("alpha", 1.0, True),
+        ("dropout", 0.5, True),
+    ],
+)
+def test_another_adapter_is_another_run_and_only_its_alpha_and_dropout_fit_its_checkpoints(key, value, fits):
+    old, new = recipe(), recipe()
+    old["adapter"]["kind"] = new["adapter"]["kind"] = "lora"
+    new["adapter"][key] = value
+    (found,) = changes(old, new)
+    assert found.breaks_identity
+    assert found.breaks_checkpoints is not fits
+
+
+def test_the_rank_of_an_adapter_that_is_not_there_is_no_change():
+    new = recipe()
+    new["adapter"].update(rank=4, targets=["q_proj"], alpha=3.0, dropout=0.1)
+    assert changes(recipe(), new) == []
 
 
 def test_equal_recipes_have_no_changes_and_a_moved_run_is_none():

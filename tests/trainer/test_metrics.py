@@ -90,7 +90,7 @@ def test_the_picture_is_a_png_also_where_a_loss_was_not_finite(tmp_path: Path) -
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_flops_of_llama_3_8b_at_8192_are_those_of_published_rows() -> None:
+def test_flops_of_llama_3_8b_at_8192_are_those_of_published_rows_and_less_beside_an_adapter() -> None:
     """NVIDIA's rows divide to 51.48 GFLOP a token: 45.03 for the matrices, 6.44 for causal attention."""
     config = SimpleNamespace(
         num_hidden_layers=32, num_attention_heads=32, head_dim=128, hidden_size=4096, tie_word_embeddings=False
@@ -102,6 +102,13 @@ def test_flops_of_llama_3_8b_at_8192_are_those_of_published_rows() -> None:
     module = nn.Module()
     module.lm, module.embedding, module.body = lm, embedding, body
     assert flops_per_step(module, tokens=8192, cost=8192**2) / 8192 == pytest.approx(51.47e9, rel=1e-3)
+
+    module.adapter = nn.Linear(20_000_000, 1, bias=False, device="meta")
+    body, embedding = module.body.requires_grad_(False), embedding.requires_grad_(False)
+    frozen = nn.Module()
+    frozen.lm, frozen.embedding, frozen.body, frozen.adapter = lm, embedding, body, module.adapter
+    expected = 4 * body.weight.numel() + 6 * 20_000_000 + 6.44e9
+    assert flops_per_step(frozen, tokens=8192, cost=8192**2) / 8192 == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_cpu_has_no_known_peak_but_memory() -> None:
