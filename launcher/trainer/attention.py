@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -10,18 +9,44 @@ from typing import Any
 import torch
 
 from launcher.errors import UserError
+from launcher.trainer.attention_kernels import FLEX, VARLEN, register, trial
 
-# name in the recipe -> name in transformers' attention registry
+# name in the recipe -> name in transformers' attention registry, in the order in which `auto` tries them
 IMPLEMENTATIONS = {
+    "flash_attention_4": "flash_attention_4",
     "flash_attention_3": "flash_attention_3",
     "flash_attention_2": "flash_attention_2",
-    "varlen": "launcher_varlen",
-    "flex": "flex_attention",
+    "varlen": VARLEN,
+    "flex": FLEX,
     "sdpa": "sdpa",
     "eager": "eager",
 }
-_OFFSETS = ("flash_attention_3", "flash_attention_2", "varlen")
+_OFFSETS = ("flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen")
+# compute capabilities, first included, second not; the packages bring kernels for no others
+_CAPABILITIES = {
+    "flash_attention_4": ((9, 0), None),
+    "flash_attention_3": ((8, 0), (10, 0)),
+    "flash_attention_2": ((8, 0), None),
+    "varlen": ((8, 0), None),
+    "flex": ((7, 5), None),  # Triton's
+}
+# keys of an architecture that a back end ignores or refuses
+_UNABLE = {
+    "flash_attention_4": ("attention_dropout",),
+    "flash_attention_3": ("attention_dropout",),
+    "flash_attention_2": (),
+    "varlen": ("attn_logit_softcapping", "attention_dropout"),
+    "flex": ("attention_dropout",),
+    "sdpa": ("attn_logit_softcapping",),
+    "eager": (),
+}
+_PACKAGES = {
+    "flash_attention_4": "flash-attn-4",
+    "flash_attention_3": "flash-attn-3 (module flash_attn_interface)",
+    "flash_attention_2": "flash-attn",
+}
 _SUPPORT = {
+    "flash_attention_4": "_supports_flash_attn",
     "flash_attention_3": "_supports_flash_attn",
     "flash_attention_2": "_supports_flash_attn",
     "varlen": "_supports_attention_backend",
@@ -45,8 +70,7 @@ class Attention:
     @property
     def implementation(self) -> str:
         """Name in transformers' attention registry; registers ours first."""
-        if self.backend == "varlen":
-            _register_varlen()
+        register()
         return IMPLEMENTATIONS[self.backend]
 
 
@@ -64,16 +88,23 @@ def choose(
         UserError: the requested one cannot run here or cannot keep documents apart; names those that can.
     """
     _refuse_leaking_layers(config)
-    problems = {b: _unsupported(b, model_class) or _problem(b, device, dtype, config) for b in IMPLEMENTATIONS}
-    usable = [backend for backend, problem in problems.items() if problem is None]
+
+    def problem(backend: str) -> str | None:
+        return _unsupported(backend, model_class) or _problem(backend, device, dtype, config)
+
     if requested != "auto":
-        if problem := problems[requested]:
-            raise UserError(f"model.attention = {requested}: {problem}. Usable here: {', '.join(['auto', *usable])}.")
+        if why := problem(requested) or _trial(requested, device, dtype, config):
+            usable = [backend for backend in IMPLEMENTATIONS if backend != requested and not problem(backend)]
+            raise UserError(f"model.attention = {requested}: {why}. Usable here: {', '.join(['auto', *usable])}.")
         return Attention(requested, "asked for in the recipe")
-    passed_over = "; ".join(f"{backend}: {problems[backend]}" for backend in IMPLEMENTATIONS if problems[backend])
-    # eager is last in the order and always usable
-    chosen = usable[0]
-    return Attention(chosen, f"first usable on {device.type}" + (f" ({passed_over})" if passed_over else ""))
+    passed_over = []
+    for backend in IMPLEMENTATIONS:
+        why = problem(backend) or _trial(backend, device, dtype, config)
+        if why is None:
+            break  # eager is last in the order and always usable
+        passed_over.append(f"{backend}: {why}")
+    reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
+    return Attention(backend, f"first usable on {device.type}{reasons}")
 
 
 def forward_arguments(backend: str, *, cu_seqlens: torch.Tensor, max_seqlen: int) -> dict[str, Any]:
@@ -96,35 +127,43 @@ def forward_arguments(backend: str, *, cu_seqlens: torch.Tensor, max_seqlen: int
 
 
 def _unsupported(backend: str, model_class: Any) -> str | None:
+    """What the model's own code says about a back end."""
     flag = _SUPPORT.get(backend)
-    if model_class is None or flag is None or getattr(model_class, flag, False):
+    if model_class is None or flag is None:
         return None
-    return f"{model_class.__name__} does not support it"
+    only = getattr(model_class, "_compatible_flash_implementations", None)
+    known = backend not in _PACKAGES or only is None or backend in only  # else transformers takes another in silence
+    return None if getattr(model_class, flag, False) and known else f"{model_class.__name__} does not support it"
 
 
 def _problem(backend: str, device: torch.device, dtype: torch.dtype, config: Any) -> str | None:
-    """Why a back end cannot be used here, or None."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    if backend in ("sdpa", "eager"):
-        softcap = getattr(config, "attn_logit_softcapping", None)
-        return "cannot cap attention scores, which this model needs" if backend == "sdpa" and softcap else None
-    if device.type != "cuda":
-        return "has no backward pass on the CPU" if backend == "flex" else "needs a GPU"
-    if backend == "flex":
-        return None
-    if not half:
-        return f"needs half precision, not {str(dtype).removeprefix('torch.')}"
-    if backend == "varlen":
-        if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-            return "this torch has no torch.nn.attention.varlen"
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "needs compute capability 8.0 or newer"
-        missing = [key for key in ("attn_logit_softcapping", "attention_dropout") if getattr(config, key, None)]
-        return f"cannot do {', '.join(missing)}, which this model needs" if missing else None
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+    """Why a back end cannot be used here, or None; runs nothing."""
+    if backend in _CAPABILITIES:
+        if device.type != "cuda":
+            return "has no backward pass on the CPU" if backend == "flex" else "needs a GPU"
+        if backend != "flex" and dtype not in (torch.float16, torch.bfloat16):
+            return f"needs half precision, not {str(dtype).removeprefix('torch.')}"
+        least, below = _CAPABILITIES[backend]
+        if (capability := torch.cuda.get_device_capability(device)) < least or (below and capability >= below):
+            allowed = f"{least[0]}.{least[1]} or newer" + (f", below {below[0]}.{below[1]}" if below else "")
+            return f"needs compute capability {allowed}, this GPU has {capability[0]}.{capability[1]}"
+    if backend in _PACKAGES and not _installed(backend):
+        return f"package {_PACKAGES[backend]} is not installed"
+    missing = [key for key in _UNABLE[backend] if getattr(config, key, None)]
+    return f"cannot do {', '.join(missing)}, which this model needs" if missing else None
 
-    available = is_flash_attn_3_available() if backend == "flash_attention_3" else is_flash_attn_2_available()
-    return None if available else "its package is not installed"
+
+def _installed(backend: str) -> bool:
+    """FlashAttention 2 and 4 share the module name flash_attn; transformers tells their distributions apart."""
+    from transformers.utils import import_utils
+
+    available = getattr(import_utils, f"is_flash_attn_{backend[-1]}_available", None)
+    return available is not None and bool(available())
+
+
+def _trial(backend: str, device: torch.device, dtype: torch.dtype, config: Any) -> str | None:
+    """Torch's own sdpa and the plain formula are taken as they are; a kernel of a package is tried first."""
+    return trial(IMPLEMENTATIONS[backend], device, dtype, config) if backend in _CAPABILITIES else None
 
 
 def _refuse_leaking_layers(config: Any) -> None:
@@ -145,47 +184,3 @@ def refuse_without_positions(backbone: torch.nn.Module) -> None:
             f"{type(backbone).__name__} takes no position_ids, so documents of one row cannot be kept apart. "
             "Take another architecture."
         )
-
-
-def _register_varlen() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(IMPLEMENTATIONS["varlen"], _varlen_forward)
-
-
-def _varlen_forward(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    cu_seq_lens_q: torch.Tensor,
-    max_length_q: int,
-    **extra: Any,
-) -> tuple[torch.Tensor, None]:
-    """Torch's built-in variable-length flash attention in the form transformers calls.
-
-    Args:
-        query: [rows, heads, tokens, head_dim]; key and value may have fewer heads
-        cu_seq_lens_q: [documents + 1] int32, offsets into the rows laid end to end
-    Returns:
-        [rows, tokens, heads, head_dim] and no attention weights.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    if attention_mask is not None or extra.get("softcap") or extra.get("s_aux") is not None:
-        raise UserError(
-            "model.attention = varlen: this model needs a mask, softcap or sinks. Use model.attention=flex."
-        )
-    rows, heads, tokens, _ = query.shape
-    flat = [t.transpose(1, 2).reshape(rows * tokens, t.shape[1], t.shape[3]) for t in (query, key, value)]
-    if flat[0].dtype == torch.float32 and torch.is_autocast_enabled(query.device.type):
-        flat = [t.to(torch.get_autocast_dtype(query.device.type)) for t in flat]
-    out = varlen_attn(
-        *flat, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0), enable_gqa=key.shape[1] != heads,
-    )  # fmt: skip
-    return out.view(rows, tokens, heads, -1), None

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import torch
+
     from launcher.run.control import Outcome
     from launcher.run.directory import RunDirectory
 
@@ -118,6 +120,16 @@ def _step(progress: dict[str, Any]) -> int:
     return int(training.step if training is not None else progress["step"])
 
 
+def set_tf32(wanted: bool, device: torch.device) -> str:
+    """Let fp32 matrix products round their factors to TF32, or not; a line for the log."""
+    import torch
+
+    if device.type != "cuda":
+        return f"tf32: false ({'train.tf32 changes nothing' if wanted else 'exact fp32'} on the CPU)"
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    return f"tf32: {str(wanted).lower()} (train.tf32)"
+
+
 def _train(run: RunDirectory, attempt: int, progress: dict[str, Any]) -> Literal["finished", "stopped"]:
     from launcher.recipe.schema import from_dict
     from launcher.trainer import distributed
@@ -129,6 +141,9 @@ def _train(run: RunDirectory, attempt: int, progress: dict[str, Any]) -> Literal
     accelerator = os.environ.get("LAUNCHER_ACCELERATOR") or recipe.cluster.accelerator
     device = distributed.choose_device(accelerator, ranks)
     distributed.set_threads(ranks)
+    said = set_tf32(recipe.train.tf32, device)
+    if ranks.rank == 0:
+        print(said, flush=True)
     joined = distributed.join(device, ranks)
     training = assemble(
         run, recipe, attempt=attempt, ranks=ranks, device=device, stop_asked=lambda: stop_asked(run, ranks.rank)
