@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from launcher import __version__
 from launcher.plan import Plan
 from launcher.recipe.schema import Recipe, to_dict
-from launcher.strategy import engine_settings
+from launcher.strategy import accelerate, engine_settings, settings_file
 
 ENDPOINT = "LAUNCHER_RENDEZVOUS"  # variable with HOST:PORT of node 0, in jobs of several nodes
 
@@ -27,6 +28,7 @@ class JobSpec:
     setup: shell lines run first on each node
     time_limit_min: minutes after which the run stops as if preempted; None: never
     files: name to text, stored beside what a target renders
+    accelerate: what Accelerate's configuration file says of this job, for the target that writes one
     """
 
     name: str
@@ -38,6 +40,7 @@ class JobSpec:
     setup: tuple[str, ...] = ()
     time_limit_min: int | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+    accelerate: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ def job_spec(recipe: Recipe, plan: Plan) -> JobSpec:
     files = {
         "recipe.yaml": recipe_text(recipe),
         "plan.json": json.dumps(plan.to_dict(), indent=2) + "\n",
-        f"{recipe.strategy.kind}.json": json.dumps(engine_settings(recipe, plan), indent=2) + "\n",
+        settings_file(recipe): json.dumps(engine_settings(recipe, plan), indent=2) + "\n",
     }
     return JobSpec(
         name=recipe.run.name,
@@ -65,6 +68,7 @@ def job_spec(recipe: Recipe, plan: Plan) -> JobSpec:
         setup=tuple(recipe.cluster.setup),
         time_limit_min=recipe.cluster.time_limit_min,
         files=files,
+        accelerate=accelerate.config(recipe, plan),
     )
 
 

@@ -84,7 +84,7 @@ class _Asked(dict[str, Any]):
         self.defaults.setdefault(str(key), None)
         return super().__contains__(key)
 
-    def keys(self) -> KeysView[str]:
+    def keys(self) -> Any:
         return _AskedKeys(self)
 
     def __copy__(self) -> _Asked:
@@ -94,8 +94,12 @@ class _Asked(dict[str, Any]):
 class _AskedKeys(KeysView[str]):
     """`key in mapping.keys()` asks the mapping."""
 
+    def __init__(self, asked: _Asked) -> None:
+        super().__init__(asked)
+        self.asked = asked
+
     def __contains__(self, key: object) -> bool:
-        return key in self._mapping
+        return key in self.asked
 
 
 def _leaves(asked: _Asked, prefix: str) -> dict[str, Any]:

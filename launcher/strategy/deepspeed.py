@@ -14,13 +14,13 @@ from launcher.plan import Plan
 from launcher.plan.batch import accumulation_steps
 from launcher.plan.parameters import read_config, weights
 from launcher.recipe.schema import Recipe
-from launcher.strategy.explained import Explained, dotted, nested
+from launcher.strategy.explained import Explained, dotted, nested, planned_precision
 
 Device = Literal["cuda", "cpu"]
 Type = Literal["fp32", "bf16", "fp16"]
 
 ASSUMED_HIDDEN = 4096  # where the architecture is not known here: that of 7B and 8B models
-ASSUMED_LARGEST = 100_000_000  # elements of a rank's part of the largest weight, likewise; DeepSpeed's own default
+ASSUMED_LARGEST = 128_256 * 4096  # elements of the largest weight, likewise: the embedding of Llama 3
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's own default: 2 GB in bf16
 SUB_GROUP = 1_000_000_000  # DeepSpeed's own default: more elements than a rank has, so that one update does all
 SUB_GROUP_OFFLOADED = 100_000_000  # 1.6 GB of fp32 weights, gradients and two moments
@@ -57,22 +57,15 @@ def explain(recipe: Recipe, *, world_size: int, device: Device, precision: Type)
     found.update(_zero(recipe, world_size, device))
     if "nvme" in (recipe.strategy.offload.optimizer, recipe.strategy.offload.params):
         found.update(_aio())
-    for key, value in dotted(recipe.strategy.deepspeed).items():
-        found[key] = (value, "strategy.deepspeed")
+    laid_over = dotted(recipe.strategy.deepspeed)
+    found.update({key: (value, "strategy.deepspeed") for key, value in laid_over.items() if value != {}})
     return found
 
 
 def settings(recipe: Recipe, plan: Plan) -> Explained:
     """The configuration of a planned job; auto precision is bf16 on a GPU and fp32 without one."""
     device: Device = "cpu" if recipe.cluster.accelerator == "cpu" else "cuda"
-    return explain(recipe, world_size=plan.world_size, device=device, precision=planned_precision(recipe))
-
-
-def planned_precision(recipe: Recipe) -> Type:
-    """`train.precision` before the device is seen; the worker settles `auto` by the device itself."""
-    if recipe.train.precision != "auto":
-        return recipe.train.precision
-    return "bf16" if recipe.model.dtype == "bf16" or recipe.cluster.accelerator != "cpu" else "fp32"
+    return explain(recipe, world_size=plan.world_size, device=device, precision=planned_precision(recipe)[0])
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
@@ -222,11 +215,12 @@ def _buffers(recipe: Recipe, name: str, section: str, world_size: int) -> Iterat
         yield f"{section}.buffer_count", (4, "weight, gradient and two moments")
         return
     found = weights(architecture) if (architecture := _architecture(recipe)) else None
-    largest = max((math.prod(w.shape) for w in found), default=0) if found else 0
+    known = max((math.prod(w.shape) for w in found), default=0) if found else 0
+    largest = known or ASSUMED_LARGEST
     part = math.ceil(-(-largest // world_size) / 1024) * 1024
-    why = f"the largest weight, {largest} elements, over {world_size} ranks" if part else "the model is not known here"
+    why = f"the largest weight, {largest} elements{'' if known else ', assumed'}, over {world_size} ranks"
     yield f"{section}.buffer_count", (5, "DeepSpeed's default: weights on their way at a time")
-    yield f"{section}.buffer_size", (part or ASSUMED_LARGEST, why)
+    yield f"{section}.buffer_size", (part, why)
 
 
 def _aio() -> Iterator[tuple[str, tuple[Any, str]]]:

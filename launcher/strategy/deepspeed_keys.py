@@ -90,6 +90,7 @@ REFUSED = {
     "zero_optimization.compute_grad_norm": "the trainer reports the norm and clips by it",
     "zero_optimization.save_muon_momentum_buffer_in_memory": _OPTIMIZER,
     "zero_optimization.zenflow": "updates would come a step late, and loss would differ from the other strategies",
+    "zero_optimization.zero_quantized_nontrainable_weights": "frozen weights in 8 bit would not be those of the model",
     "zero_optimization.offload_optimizer.super_offload": _CHECKPOINT + "; its state lies elsewhere",
     "zero_optimization.offload_optimizer.ratio": _CHECKPOINT + "; with a part of it on the GPU it lies elsewhere",
 }

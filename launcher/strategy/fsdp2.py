@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from launcher.plan import Plan
 from launcher.recipe.schema import Recipe
+from launcher.strategy.explained import Explained, planned_precision
 
 
-def settings(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+def settings(recipe: Recipe, plan: Plan) -> Explained:
     """Each decoder block is one unit, what is left the root; gradients are reduced in fp32."""
-    strategy = recipe.strategy
-    return {
-        "mesh": {"replicate": plan.mesh.replicate, "shard": plan.mesh.shard},
-        "units": ["each decoder block", "root"],
-        "reshard_after_forward": strategy.reshard_after_forward,
-        "mixed_precision": {"weights": recipe.model.dtype, "param_dtype": plan.precision, "reduce_dtype": "fp32"},
-        "offload": strategy.offload.params,
-        "gradient_sync": "last micro-batch of a step",
+    strategy, mesh = recipe.strategy, plan.mesh
+    compute, why = planned_precision(recipe)
+    offloaded, pinned = strategy.offload.params == "cpu", recipe.cluster.accelerator != "cpu"
+    found: Explained = {
+        "engine": ("fsdp2", "strategy.kind"),
+        "mesh.replicate": (mesh.replicate, "copies of the shards (HSDP)" if mesh.replicate > 1 else "one copy"),
+        "mesh.shard": (mesh.shard, f"{plan.world_size} ranks / {mesh.replicate} x the model state"),
+        "units": (["each decoder block", "root"], "a block's weights are gathered together, used and freed"),
+        "reshard_after_forward": (strategy.reshard_after_forward, _reshard(strategy.reshard_after_forward)),
+        "prefetch": (strategy.prefetch, _prefetch(strategy.prefetch)),
+        "mixed_precision.weights": (recipe.model.dtype, "model.dtype: what is sharded and updated"),
+        "mixed_precision.param_dtype": (compute, why),
+        "mixed_precision.reduce_dtype": ("fp32", "sums over many ranks"),
+        "offload": (strategy.offload.params, "strategy.offload"),
+        "gradient_sync": ("last micro-batch of a step", "the others add to whole gradients on each rank"),
+        "compile": (recipe.model.compile, "model.compile, each decoder block before it is sharded"),
+        "recompute": (recipe.model.gradient_checkpointing, "model.gradient_checkpointing"),
     }
+    if offloaded:
+        copied = "page-locked memory is copied at full speed beside the arithmetic"
+        found["pin_memory"] = (pinned, copied if pinned else "there is no GPU to copy to")
+    return found
+
+
+def _reshard(after: bool | int) -> str:
+    if after is False:
+        return "weights stay gathered from forward to backward: less traffic, more memory"
+    if after is True:
+        return "weights are freed after the forward pass and gathered again for the backward pass"
+    return "after the forward pass weights are kept in shards of so many ranks: gathered again over near links"
+
+
+def _prefetch(blocks: int | None) -> str:
+    if blocks is None:
+        return "torch's own choice: forward as far as the host runs ahead, one block ahead in backward"
+    return "blocks gathered ahead of their use, forward and backward"

@@ -7,7 +7,7 @@ import importlib
 from launcher.errors import UserError, nearest
 from launcher.jobs.spec import JobSpec, Rendered
 
-TARGETS = {"torchrun": "launcher.jobs.targets.torchrun"}
+TARGETS = {"torchrun": "launcher.jobs.targets.torchrun", "accelerate": "launcher.jobs.targets.accelerate"}
 
 
 def render(spec: JobSpec, *, target: str) -> Rendered:

@@ -1,0 +1,33 @@
+"""Target `accelerate`: its configuration file, and one bash script a node that starts the ranks with it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+
+from launcher.jobs.spec import ENDPOINT, JobSpec, Rendered
+from launcher.jobs.targets.script import command, rendezvous_conf, scripts
+
+FILE = "accelerate.yaml"
+
+
+def render(spec: JobSpec) -> Rendered:
+    """`accelerate.yaml`, for every node, and `job.sh`, or `node-0.sh`, `node-1.sh`, ... of which each runs its own."""
+    import yaml
+
+    text = yaml.safe_dump(dict(spec.accelerate), sort_keys=False)
+    return scripts(replace(spec, files={**spec.files, FILE: text}), starter="accelerate", start=_start)
+
+
+def _start(spec: JobSpec, node: int) -> list[str]:
+    options = [f"--config_file {FILE}"]
+    if spec.nodes > 1:  # what differs from node to node, and what accelerate reads from the command line alone
+        options += [
+            f"--machine_rank {node}",
+            f'--main_process_ip "${{{ENDPOINT}%:*}}"',
+            f'--main_process_port "${{{ENDPOINT}##*:}}"',
+            "--rdzv_backend c10d",
+            f"--rdzv_conf {rendezvous_conf(node)}",
+        ]
+    enter = 'cd "$here"  # accelerate looks for the files that its configuration names where it is started'
+    return [enter, command("exec accelerate launch", *options, shlex.join(spec.argv))]
