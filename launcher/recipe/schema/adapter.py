@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from launcher.errors import Problem
+from launcher.errors import Problem, show_value
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,11 +30,24 @@ class Adapter:
 
 def check(adapter: Adapter) -> Iterator[Problem]:
     """Rules of this section alone."""
+    if adapter.kind == "full":
+        yield from _of_no_adapter(adapter)
+        return
     if adapter.rank < 1:
         yield Problem("adapter.rank", adapter.rank, "1 or more")
     if adapter.alpha is not None and adapter.alpha <= 0:
         yield Problem("adapter.alpha", adapter.alpha, "a number above 0, or null")
     if not 0 <= adapter.dropout < 1:
         yield Problem("adapter.dropout", adapter.dropout, "a share of 0 or more and below 1")
-    if not adapter.targets:
-        yield Problem("adapter.targets", [], "names of layers, or all-linear", "Write [all-linear].")
+    if not adapter.targets or not all(adapter.targets):
+        yield Problem("adapter.targets", adapter.targets, "names of layers, or all-linear", "Write [all-linear].")
+
+
+def _of_no_adapter(adapter: Adapter) -> Iterator[Problem]:
+    default = Adapter()
+    for key in ("rank", "alpha", "dropout", "targets"):
+        value, unset = getattr(adapter, key), getattr(default, key)
+        if value != unset:
+            expected = f"{show_value(unset)} (the default) with adapter.kind = full, which has no adapter"
+            fix = "Remove the key, or write adapter.kind=lora."
+            yield Problem(f"adapter.{key}", value, expected, fix, because=("adapter.kind",))
