@@ -16,9 +16,11 @@ from launcher.cli._common import find_run
     "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Type of the weights.  (default: as trained)"
 )
 @click.option("--checkpoint", metavar="NAME", help="As step-00000500-a1.  (default: the newest that is whole)")
-def command(run: str, out: Path | None, dtype: str | None, checkpoint: str | None) -> None:
+@click.option("--merge", is_flag=True, help="Write the whole model, an adapter merged into its base.")
+def command(run: str, out: Path | None, dtype: str | None, checkpoint: str | None, merge: bool) -> None:
     """Write weights, configuration and tokenizer of a run as a folder that plain transformers loads.
 
+    A run that trained an adapter gives the adapter alone, as peft loads it; --merge gives the whole model.
     Needs no GPU and starts no training; the run may go on meanwhile.
 
     example: launcher export runs/tiny-cpu --out models/tiny --dtype bf16
@@ -28,4 +30,4 @@ def command(run: str, out: Path | None, dtype: str | None, checkpoint: str | Non
     require_train_extra()
     from launcher.export import export_run
 
-    click.echo(export_run(find_run(run), out, dtype=dtype, checkpoint=checkpoint))
+    click.echo(export_run(find_run(run), out, dtype=dtype, checkpoint=checkpoint, merge=merge))

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as the safetensors files that Hugging Face knows, one parameter in memory at a time."""
+"""Weights as the safetensors files that Hugging Face knows, one parameter in memory at a time."""
 
 from __future__ import annotations
 
@@ -10,58 +10,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launcher.export.weights import Weights
 from launcher.run.files import write_atomic
 from launcher.trainer.checkpoint.format import DTYPES, Snapshot, head_bytes, write_file
-from launcher.trainer.checkpoint.reader import Reader
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SHARD = "5GB"
 
 
-def write_weights(reader: Reader, lm: Any, folder: Path, *, dtype: str | None, max_shard: int | str = MAX_SHARD) -> str:
+def write_weights(weights: Weights, lm: Any, folder: Path, *, max_shard: int | str = MAX_SHARD) -> str:
     """Write model.safetensors, or numbered files of at most `max_shard` and their index.
 
     Args:
         lm: the model's class without weights; says how names and layouts differ from those on the hub
-        dtype: fp32, bf16, fp16, or None for the stored types; integers stay as they are
     Returns:
         torch's name of the type of most weights.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    shapes, load = _tensors(reader, lm, None if dtype is None else TYPES[dtype])
+    shapes, load = _as_in_files(weights, lm)
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard)
     for file, names in split.filename_to_tensors.items():
-        names = sorted(names, key=lambda name: -shapes[name].element_size())  # wide types first keeps all aligned
-        write_file(folder / file, Snapshot(_head({name: shapes[name] for name in names}), _bytes(names, load)))
+        write_tensors(folder / file, {name: shapes[name] for name in names}, load)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+    weights.finish()
     sizes: dict[torch.dtype, int] = {}
     for tensor in shapes.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
     return str(max(sizes, key=lambda key: sizes[key])).removeprefix("torch.")
 
 
-def _tensors(reader: Reader, lm: Any, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
-    """Names, shapes and types as meta tensors, and how to get one with its content.
+def write_tensors(path: Path, shapes: dict[str, Tensor], load: Callable[[str], Tensor]) -> None:
+    """Write one safetensors file, loading one tensor at a time."""
+    names = sorted(shapes, key=lambda name: (-shapes[name].element_size(), name))  # wide types first keeps all aligned
+    write_file(path, Snapshot(_head({name: shapes[name] for name in names}), _bytes(names, load)))
+
+
+def with_dtype(weights: Weights, dtype: str | None) -> Weights:
+    """The same weights in another type.
+
+    Args:
+        dtype: fp32, bf16, fp16, or None for the types as they are; integers stay as they are
+    """
+    shapes = {
+        name: tensor.to(TYPES[dtype]) if dtype is not None and tensor.is_floating_point() else tensor
+        for name, tensor in weights.shapes.items()
+    }
+    return Weights(shapes, lambda name: weights.load(name).to(shapes[name].dtype), weights.finish)
+
+
+def _as_in_files(weights: Weights, lm: Any) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
+    """Names, shapes and types as files have them, and how to get one tensor with its content.
 
     Some architectures lie in memory otherwise than in files (experts fused into one tensor); only those are converted,
     by transformers, whole.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    def target(name: str) -> torch.dtype:
-        stored = reader.dtype(name)
-        return dtype if dtype is not None and stored.is_floating_point else stored
-
-    shapes = {
-        name: torch.empty(entry["shape"], dtype=target(name), device="meta")
-        for name, entry in reader.manifest["params"].items()
-    }
-    if set(revert_weight_conversion(lm, dict(shapes))) == set(shapes):
-        return shapes, lambda name: reader.read(name).to(target(name))
-    whole = revert_weight_conversion(lm, {name: reader.read(name).to(target(name)) for name in shapes})
+    if set(revert_weight_conversion(lm, dict(weights.shapes))) == set(weights.shapes):
+        return weights.shapes, weights.load
+    whole = revert_weight_conversion(lm, {name: weights.load(name) for name in weights.shapes})
     return {name: tensor.to("meta") for name, tensor in whole.items()}, lambda name: whole.pop(name).contiguous()
 
 

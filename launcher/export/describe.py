@@ -9,10 +9,11 @@ from typing import Any
 from launcher.data.chat import render, template_of
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
 from launcher.errors import UserError
-from launcher.recipe.schema import Recipe, from_dict
+from launcher.recipe.schema import Adapter, Recipe, from_dict
 from launcher.run.directory import RunDirectory
+from launcher.trainer.adapters import target_layers
 from launcher.trainer.checkpoint.reader import Reader
-from launcher.trainer.model import load_config, named_state, parameters_on_meta
+from launcher.trainer.model import DTYPES, load_config, named_state, parameters_on_meta
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -23,23 +24,41 @@ def read_recipe(run: RunDirectory) -> Recipe:
 
 
 def build_skeleton(recipe: Recipe, reader: Reader) -> Any:
-    """The model's class without weights, which costs no memory; its parameters are those of the checkpoint.
+    """The model's class without weights, which costs no memory; of a run with an adapter the base model's.
 
     Raises:
-        UserError: they differ.
+        UserError: the parameters of the checkpoint are not those of the model and its adapter.
     """
     from transformers import AutoModelForCausalLM
 
     config = load_config(recipe.model)
     config.use_cache = True
     with parameters_on_meta():
-        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+        lm = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[recipe.model.dtype], trust_remote_code=recipe.model.trust_remote_code
+        )
     wanted = {name: list(tensor.shape) for name, tensor in named_state(lm)}
     stored = {name: list(entry["shape"]) for name, entry in reader.manifest["params"].items()}
+    if recipe.adapter.kind == "lora":
+        learnt = _adapter_shapes(lm, recipe.adapter)
+        frozen = {name for name, _ in lm.named_parameters()}
+        wanted = {name: shape for name, shape in wanted.items() if name in stored or name not in frozen} | learnt
     if wanted != stored:
         odd = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
         raise UserError(f"{reader.folder}: is of another model than the recipe's; they differ in {', '.join(odd[:5])}.")
     return lm
+
+
+def _adapter_shapes(lm: Any, adapter: Adapter) -> dict[str, list[int]]:
+    shapes = {}
+    for name in target_layers(lm, adapter.targets):
+        layer = lm.get_submodule(name)
+        out, width = layer.weight.shape
+        if type(layer).__name__ == "Conv1D":
+            out, width = width, out
+        shapes[f"{name}.lora_A.weight"] = [adapter.rank, width]
+        shapes[f"{name}.lora_B.weight"] = [out, adapter.rank]
+    return shapes
 
 
 def write_description(recipe: Recipe, lm: Any, folder: Path, *, dtype: str) -> None:
@@ -63,6 +82,11 @@ def write_description(recipe: Recipe, lm: Any, folder: Path, *, dtype: str) -> N
     config.save_pretrained(folder)
     _save_generation_config(_generation_config(recipe, config, tokenizer), folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_tokenizer(recipe: Recipe, folder: Path) -> None:
+    """Write the tokenizer's files and the chat template."""
+    load_tokenizer(_tokenizer_spec(recipe)).save_pretrained(folder)
 
 
 def _tokenizer_spec(recipe: Recipe) -> TokenizerSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ def describe(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, Tensor] |
         name and revision of the base model, `frozen` (hash; null where none were read), `stored` (whether the
         checkpoint holds them).
     """
-    box = [None if weights is None else fingerprint(weights, frozen_names(skeleton.module))]
+    box = [None if weights is None else _fingerprint(weights, skeleton.module)]
     dist.broadcast_object_list(box, src=0)
     return {
         "name": recipe.model.name,
@@ -72,11 +72,6 @@ def same_base(checkpoint: Path | None, base: dict[str, Any]) -> dict[str, Any]:
     return base
 
 
-def fingerprint(tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:
-    """What these tensors are known by."""
-    return combined({name: digest(tensors[name]) for name in names})
-
-
 def digest(tensor: Tensor) -> str:
     """Hash of one tensor's type, shape and content; the tensor is in host memory."""
     import xxhash
@@ -92,6 +87,16 @@ def combined(digests: Mapping[str, str]) -> str:
 
     lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
     return f"xxh3-128 {xxhash.xxh3_128_hexdigest(lines.encode())}"
+
+
+def _fingerprint(weights: Mapping[str, Tensor], module: nn.Module) -> str:
+    """What the frozen weights are known by, in the types in which the module has them."""
+    digests = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            plain = hugging_face_name(name)
+            digests[plain] = digest(weights[plain].to(parameter.dtype))
+    return combined(digests)
 
 
 def _base(checkpoint: Path) -> dict[str, Any]:

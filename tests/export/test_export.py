@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from launcher.cli import main
 from launcher.errors import EXIT_USER_ERROR, UserError
 from launcher.export import consolidate, describe, export_run
+from launcher.export.weights import of_checkpoint
 from launcher.recipe.schema import to_dict
 from launcher.run import ledger
 from launcher.run.directory import RunDirectory
@@ -170,7 +171,7 @@ def test_large_models_are_written_in_numbered_files_with_an_index(tmp_path):
     skeleton = describe.build_skeleton(recipe, reader)
     out = tmp_path / "out"
     out.mkdir()
-    consolidate.write_weights(reader, skeleton, out, dtype=None, max_shard=30_000)
+    consolidate.write_weights(of_checkpoint(reader), skeleton, out, max_shard=30_000)
     describe.write_description(recipe, skeleton, out, dtype="float32")
     files = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(files) > 2
