@@ -26,7 +26,8 @@ from launcher.trainer.engines import Fill, Precision
 from launcher.trainer.engines.base import MOMENTS, hand_out, stored_parameters
 from launcher.trainer.model import TrainedModel, hugging_face_name, materialise, persistent_buffers
 from launcher.trainer.objectives import Batch
-from launcher.trainer.optim import LossScale, build_adamw
+from launcher.trainer.ops import BUILD, load_op, op_is_built
+from launcher.trainer.optim import LossScale, build_adamw, parameter_groups
 
 if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
@@ -96,8 +97,10 @@ class ZeroEngine:
             self.zero.checkpoint_event_prologue()  # small parameters that stay gathered go back into their shards
         for flat in self._flats():
             if not self.optimizer.state[flat]:
-                step = torch.zeros((), dtype=torch.float32, device=flat.device)
                 zeros = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+                step: Any = torch.zeros((), dtype=torch.float32, device=flat.device)
+                if not isinstance(self.optimizer, torch.optim.AdamW):
+                    step = 0  # DeepSpeedCPUAdam counts with an int
                 self.optimizer.state[flat] = {"step": step, **zeros}
 
     def pieces(self) -> Iterator[Piece]:
@@ -129,7 +132,7 @@ class ZeroEngine:
             state = self.optimizer.state[flat]
             if isinstance(state["step"], Tensor):
                 state["step"].fill_(step)
-            else:  # DeepSpeedCPUAdam counts with an int
+            else:
                 state["step"] = step
         self.engine.global_steps = step
 
@@ -232,11 +235,7 @@ def build(
 ) -> ZeroEngine:
     """See `engines.build`."""
     deepspeed, compute = load(device), precision.compute
-    if compute == torch.float16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
-        raise UserError(
-            f"train.precision = fp16: expected bf16 or fp32 with strategy.kind={recipe.strategy.kind} on this "
-            f"{device.type}: DeepSpeed has no fp16 here. Write bf16."
-        )
+    refuse(recipe, deepspeed, device=device, compute=compute)
     settings = deepspeed_config(
         recipe, world_size=dist.get_world_size(), device="cuda" if device.type == "cuda" else "cpu",
         precision=NAMES[compute],
@@ -249,7 +248,9 @@ def build(
             hand_out(module, weights, device, fill="frozen")
     if fill == "all":
         _fill_buffers(module, weights, device)
-    optimizer = build_adamw(recipe.optimizer, module)
+    optimizer = choose_optimizer(recipe, module)
+    if recipe.strategy.zero.leaf_modules is None:
+        mark_expert_blocks(deepspeed, module)
     with contextlib.redirect_stdout(io.StringIO()):  # lines on memory; warnings go to the log all the same
         engine = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
     if hasattr(engine.optimizer, "loss_scaler"):
@@ -283,6 +284,59 @@ def load(device: torch.device) -> Any:
     return deepspeed
 
 
+def refuse(recipe: Recipe, deepspeed: Any, *, device: torch.device, compute: torch.dtype) -> None:
+    """What DeepSpeed cannot do on this machine or with so many ranks, said before anything is built.
+
+    Raises:
+        UserError: the key, what it would need, and what to write instead.
+    """
+    zero, offload, world_size = recipe.strategy.zero, recipe.strategy.offload, dist.get_world_size()
+    if compute == torch.float16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        raise UserError(
+            f"train.precision = fp16: expected bf16 or fp32 with strategy.kind={recipe.strategy.kind} on this "
+            f"{device.type}: DeepSpeed has no fp16 here. Write bf16."
+        )
+    if world_size % zero.hpz_partition_size:
+        raise UserError(
+            f"strategy.zero.hpz_partition_size = {zero.hpz_partition_size}: expected a divisor of the {world_size} "
+            "ranks. Use the ranks of one node."
+        )
+    for key in ("quantized_weights", "quantized_gradients"):
+        if getattr(zero, key) and device.type != "cuda":
+            raise UserError(
+                f"strategy.zero.{key} = true: expected false on a {device.type}: DeepSpeed quantises on GPUs only."
+            )
+        if getattr(zero, key) and not op_is_built("quantizer"):
+            raise UserError(f"strategy.zero.{key} = true: needs DeepSpeed's quantizer. Run `{BUILD}` on such a node.")
+    nvme = [key for key in ("optimizer", "params") if getattr(offload, key) == "nvme"]
+    needed = ["async_io"] * bool(nvme) + ["cpu_adam"] * ("optimizer" in nvme)
+    if lacking := [name for name in needed if not op_is_built(name)]:
+        raise UserError(
+            f"strategy.offload.{nvme[0]} = nvme: needs DeepSpeed's {' and '.join(lacking)}, not built for this "
+            f"machine. Run `{BUILD}` on it, or write cpu."
+        )
+
+
+def choose_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
+    """torch's fused AdamW; DeepSpeed's own where the update is offloaded and its operator has been built."""
+    place, settings = recipe.strategy.offload.optimizer, recipe.optimizer
+    if recipe.strategy.offload.params == "nvme" or place == "nvme":
+        load_op("async_io")
+    if place != "none" and op_is_built("cpu_adam"):
+        load_op("cpu_adam")
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        betas = (settings.betas[0], settings.betas[1])
+        return DeepSpeedCPUAdam(parameter_groups(settings, module), lr=settings.lr, betas=betas, eps=settings.eps)
+    if place != "none" and dist.get_rank() == 0:
+        print(
+            "offload: the update runs in torch's AdamW, because DeepSpeed's faster one is not built for this machine; "
+            f"`{BUILD}` builds it",
+            flush=True,
+        )
+    return build_adamw(settings, module)
+
+
 def _partition(
     deepspeed: Any,
     settings: dict[str, Any],
@@ -311,6 +365,17 @@ def _partition(
                 made[id(p)] = new
             child._parameters[key] = made[id(p)]
     materialise(module, device)  # moves the buffers
+
+
+def mark_expert_blocks(deepspeed: Any, module: nn.Module) -> list[str]:
+    """Let ZeRO-3 gather blocks of experts whole, whatever the architecture calls them; their classes' names.
+
+    Which expert runs changes with the data: gathered one by one, ranks would wait for each other.
+    """
+    blocks = {type(m) for m in module.modules() if any(name == "experts" for name, _ in m.named_children())}
+    if blocks:
+        deepspeed.utils.set_z3_leaf_modules(module, list(blocks))
+    return sorted(block.__name__ for block in blocks)
 
 
 def _fill_buffers(module: nn.Module, weights: dict[str, Tensor] | None, device: torch.device) -> None:
