@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launcher.jobs.spec import job_spec
+from launcher.jobs.targets import TARGETS, render
 from launcher.plan import make_plan
 from launcher.recipe.check import load
 from launcher.recipe.compose import SECTIONS, compose
@@ -25,8 +27,15 @@ def name(path: Path) -> str:
     return str(path.relative_to(folder("recipes")))
 
 
+def test_every_strategy_has_a_preset():
+    assert {path.stem for path in PRESETS if path.parent.name == "strategy"} == {
+        "ddp", "fsdp2", "fsdp2-offload", "hsdp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload",
+        "zero3-nvme", "zeropp",
+    }  # fmt: skip
+
+
 def test_there_are_recipes_and_presets_of_five_sections():
-    assert len(RECIPES) >= 6
+    assert len(RECIPES) >= 11
     assert {path.parent.name for path in PRESETS} == {"model", "data", "strategy", "cluster", "train"}
 
 
@@ -38,14 +47,38 @@ def test_a_shipped_recipe_is_checked_and_planned(path: Path):
     assert plan.global_batch_size == plan.world_size * plan.micro_batch_size * plan.accumulation_steps
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_a_shipped_recipe_is_rendered(path: Path, tmp_path: Path):
+def test_a_shipped_recipe_is_rendered_for_every_target(path: Path, target: str, tmp_path: Path):
     from launcher.cli import main
 
     with pytest.raises(SystemExit) as exit:
-        main(["render", str(path)])
+        main(["render", str(path), "--target", target])
     assert exit.value.code == 0
     assert not list(tmp_path.iterdir())  # it submits and writes nothing
+
+
+@pytest.mark.parametrize("cluster", ["local", "node8", "node8x2"])
+@pytest.mark.parametrize("strategy", [path.stem for path in PRESETS if path.parent.name == "strategy"])
+def test_a_strategy_alone_is_changed_and_the_job_is_checked_planned_and_rendered(
+    here: Path, strategy: str, cluster: str
+):
+    text = GOOD.replace("global_batch_size: 8", "global_batch_size: 16")
+    composed = load(write(here, text), [f"strategy={strategy}", f"cluster={cluster}"])
+    plan = make_plan(composed.recipe)
+    assert plan.mesh.replicate * plan.mesh.shard == plan.world_size
+    for target in TARGETS:
+        rendered = render(job_spec(composed.recipe, plan), target=target)
+        assert rendered.command
+        assert rendered.files
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=name)
+def test_a_preset_says_what_it_is_for_in_one_line(path: Path):
+    first, *others = path.read_text().splitlines()
+    assert first.startswith("# ")
+    assert first[-1] in ".?"
+    assert not any(line.startswith("#") for line in others)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
