@@ -1,5 +1,6 @@
 """One rank under plain torchrun: `torchrun ... -m launcher.trainer RUN`; ends 0, 1 or 2, state.json says the rest.
 
+`accelerate launch ... -m launcher.trainer RUN` is the same, where its settings agree with the run.
 Without --attempt, rank 0 starts an attempt of its own in the run's ledger and holds the run's lease, as `launcher run`
 would, and the others are told its number.
 """
@@ -31,6 +32,7 @@ def main() -> None:
     try:
         if _nothing_to_do(Path(arguments.run)):
             exit_now(EXIT_FINISHED)
+        _agree(Path(arguments.run))
         with _attempt(Path(arguments.run), arguments.attempt) as attempt:
             from launcher.trainer.main import run_rank
 
@@ -64,6 +66,14 @@ def _nothing_to_do(path: Path) -> bool:
     return finished
 
 
+def _agree(path: Path) -> None:
+    """Raises UserError where the settings of what started this rank contradict the run's recipe."""
+    from launcher.run.directory import RunDirectory
+    from launcher.trainer.launch_check import require_agreement
+
+    require_agreement(RunDirectory(path))
+
+
 @contextlib.contextmanager
 def _attempt(path: Path, given: int | None) -> Iterator[int]:
     """The number of the attempt; one that is started here is also ended here."""
@@ -89,7 +99,9 @@ def _attempt(path: Path, given: int | None) -> Iterator[int]:
     with hold_lease(run) if ranks.rank == 0 else contextlib.nullcontext():
         if ranks.rank == 0:
             clear_stop(run)
-            number += start_attempt(run, target="torchrun", job_id=None, nodes=[node_name()], reason="plain torchrun")
+            number += start_attempt(
+                run, target=_starter(), job_id=None, nodes=[node_name()], reason=f"plain {_starter()}"
+            )
         dist.broadcast(number, src=0)
         try:
             yield int(number)
@@ -97,6 +109,13 @@ def _attempt(path: Path, given: int | None) -> Iterator[int]:
             if ranks.rank == 0:
                 _end(run, int(number))
         leave()
+
+
+def _starter() -> str:
+    """Who started the ranks, for the ledger."""
+    from launcher.trainer.launch_check import LAUNCHED
+
+    return "accelerate" if LAUNCHED in os.environ else "torchrun"
 
 
 def _end(run: RunDirectory, attempt: int) -> None:
