@@ -45,6 +45,9 @@ def inject(lm: Any, adapter: Adapter) -> str:
             inject_adapter_in_model(lora_config(adapter, chosen), lm, adapter_name=NAME)
         except ValueError as error:
             raise UserError(f"adapter.targets: {error}") from error
+    for parameter in lm.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     trained, total = count(lm)
     return (
         f"lora of rank {adapter.rank} on {len(chosen)} layers, "
