@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from launcher.plan import Plan
+    from launcher.plan import Memory, Parameters, Plan, Traffic
     from launcher.recipe.schema import Recipe
 
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one object (docs/json.md).")
 def command(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print mesh, batch, parameters and memory of a recipe; read no data and no weights, need no GPU.
+    """Print mesh, batch, parameters, memory and traffic of a recipe; read no data and no weights, need no GPU.
 
     example: launcher plan recipes/llama3.1-8b-fsdp2.yaml cluster.nodes=4
     """
@@ -49,15 +49,72 @@ def rows(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str]]:
         f"{plan.max_steps:,} steps" if plan.max_steps else f"{plan.epochs:g} epochs, steps known when prepared",
     )
     yield "precision", f"{plan.precision}, weights kept in {recipe.model.dtype}"
-    if plan.parameters is None or plan.memory is None:
+    if plan.parameters is None or plan.memory is None or plan.traffic is None:
         yield "parameters", f"unknown: {plan.parameters_note}"
+        yield "memory", "unchecked: it follows from the parameters"
         return
-    yield "parameters", f"{plan.parameters.total:,} ({plan.parameters.embedding:,} of the input embedding)"
-    yield "compute", f"{plan.parameters.flops_per_token:.4g} FLOPs a token, forward and backward"
-    place = "host memory" if recipe.strategy.offload.params == "cpu" else "each rank"
-    memory = plan.memory
-    split = f"weights {size(memory.weights)}, gradients {size(memory.gradients)}, moments {size(memory.moments)}"
-    yield "model state", f"{size(memory.total)} on {place}: {split}; activations come on top"
+    yield from _model(recipe, plan.parameters)
+    yield from _memory(recipe, plan.memory)
+    yield from _host(plan.memory)
+    yield from _traffic(plan.traffic)
+    if recipe.strategy.deepspeed:
+        yield "not counted", "what strategy.deepspeed lays over the configuration"
+
+
+def _model(recipe: Recipe, model: Parameters) -> Iterator[tuple[str, str]]:
+    learnt = "" if model.trainable == model.total else f", {model.trainable:,} trained ({recipe.adapter.kind})"
+    yield "parameters", f"{model.total:,} ({model.embedding:,} of the input embedding){learnt}"
+    again = model.recompute_flops_per_token
+    more = f", and {again:.4g} recomputed" if again else ""
+    yield "compute", f"{model.flops_per_token:.4g} FLOPs a token, forward and backward{more}"
+
+
+def _memory(recipe: Recipe, memory: Memory) -> Iterator[tuple[str, str]]:
+    yield "memory", f"{size(memory.total)} on the fullest rank: {_against(recipe, memory)}"
+    told = {
+        "weights": "exact", "masters": "exact; fp32 copies that are updated", "gradients": "exact", "moments": "exact",
+        "gathered": "weights whole for the moment, or copies in the type of the arithmetic",
+        "buffers": "gradients on their way", "activations": f"gradient_checkpointing: {_mode(recipe)}",
+        "logits": "the loss over the vocabulary", "update": "the optimizer step beyond that",
+        "context": "an allowance for CUDA and its libraries",
+    }  # fmt: skip
+    for part, text in told.items():
+        if value := getattr(memory, part):
+            yield f"  {part}", f"{size(value):>9}  {text}"
+
+
+def _mode(recipe: Recipe) -> str:
+    return f"{recipe.model.gradient_checkpointing}, {recipe.train.micro_batch_size} x {recipe.data.seq_len:,} tokens"
+
+
+def _against(recipe: Recipe, memory: Memory) -> str:
+    limit = recipe.cluster.gpu_memory_gib
+    if limit is None:
+        return "unchecked: cluster.gpu_memory_gib is null"
+    left = int(limit * (1 << 30)) - memory.total
+    return f"{size(left)} of {limit:g} GiB left" if left >= 0 else f"{size(-left)} more than {limit:g} GiB"
+
+
+def _host(memory: Memory) -> Iterator[tuple[str, str]]:
+    told = {
+        "state": "offloaded model state", "nvme": "on the node's disk instead",
+        "reader": "the whole model, while the first rank reads it", "checkpoint": "copies that async_save writes from",
+        "activations": "inputs of the blocks",
+    }  # fmt: skip
+    parts = [f"{size(value)} {text}" for name, text in told.items() if (value := getattr(memory.host, name))]
+    yield "host memory", "first node: " + ", ".join(parts)
+
+
+def _traffic(traffic: Traffic) -> Iterator[tuple[str, str]]:
+    if not traffic.total:
+        yield "traffic", "none: one rank"
+        return
+    parts = [f"{size(traffic.gather)} of weights", f"{size(traffic.reduce)} of gradients"]
+    parts.append(f"{size(traffic.across)} of gradients between copies")
+    said = ", ".join(part for part in parts if not part.startswith("0 "))
+    yield "traffic", f"{size(traffic.total)} sent by each rank in a step: {said}"
+    need = f"{traffic.hidden_at_nvlink:,} tokens of a rank at 400 GB/s, {traffic.hidden_at_network:,} at 50 GB/s"
+    yield "  hidden", f"behind {need} (495 TFLOP/s); a step has {traffic.tokens_per_rank:,}"
 
 
 def size(count: int) -> str:
