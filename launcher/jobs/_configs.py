@@ -26,8 +26,9 @@ _TWO_NODES = ("hsdp", "zeropp")
 
 
 def overrides(preset: str) -> list[str]:
-    """What is changed in the recipe for a preset of strategies."""
-    return [f"strategy={preset}", f"cluster={'node8x2' if preset in _TWO_NODES else 'node8'}"]
+    """What is changed in the recipe for a preset of strategies; whether 8B parameters fit is not asked."""
+    cluster = "node8x2" if preset in _TWO_NODES else "node8"
+    return [f"strategy={preset}", f"cluster={cluster}", "cluster.gpu_memory_gib=null"]
 
 
 def files() -> Iterator[tuple[str, str]]:
