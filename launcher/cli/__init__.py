@@ -24,6 +24,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "runs": ("launcher.cli.runs", "List runs with their states."),
     "status": ("launcher.cli.status", "Say how a run stands: state, step, attempts, failures."),
     "logs": ("launcher.cli.logs", "Print a rank's log."),
+    "import-checkpoint": (
+        "launcher.cli.import_checkpoint",
+        "Make a new run that goes on from another tool's checkpoint.",
+    ),
+    "doctor": ("launcher.cli.doctor", "Say what this machine has for training; --build-ops compiles ahead."),
     "export": ("launcher.cli.export", "Write a Hugging Face folder from the newest checkpoint."),
 }
 

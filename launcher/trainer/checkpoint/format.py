@@ -124,18 +124,29 @@ def take_snapshot(pieces: Iterable[Piece], metadata: dict[str, str], buffer: Hos
         buffer: where the copy goes. None: copy nothing; the pieces must then stay unchanged until the file is written.
     """
     rows = sorted(share_replicas(pieces), key=lambda p: -p.tensor.element_size())  # wide types first keeps all aligned
+    head, elements = layout([(p.name, p.kind, p.start, p.tensor.dtype, p.tensor.numel()) for p in rows], metadata)
+    size = sum(p.tensor.numel() * p.tensor.element_size() for p in rows)
+    ranges = _live_bytes(rows) if buffer is None else [_copy(rows, buffer.take(size))]
+    return Snapshot(head, ranges, elements)
+
+
+def layout(
+    rows: Iterable[tuple[str, str, int, torch.dtype, int]], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """(length and JSON header, elements by kind) of a file in which these ranges lie end to end.
+
+    Args:
+        rows: name, kind, start, dtype, number of elements
+    """
     header: dict[str, Any] = {"__metadata__": metadata}
     elements: dict[str, int] = defaultdict(int)
     at = 0
-    for row in rows:
-        end = at + row.tensor.numel() * row.tensor.element_size()
-        header[f"{row.name}|{row.kind}|{row.start}"] = {
-            "dtype": DTYPES[row.tensor.dtype], "shape": [row.tensor.numel()], "data_offsets": [at, end],
-        }  # fmt: skip
-        elements[row.kind] += row.tensor.numel()
+    for name, kind, start, dtype, count in rows:
+        end = at + count * dtype.itemsize
+        header[f"{name}|{kind}|{start}"] = {"dtype": DTYPES[dtype], "shape": [count], "data_offsets": [at, end]}
+        elements[kind] += count
         at = end
-    ranges = _live_bytes(rows) if buffer is None else [_copy(rows, buffer.take(at))]
-    return Snapshot(head_bytes(header), ranges, dict(elements))
+    return head_bytes(header), dict(elements)
 
 
 def head_bytes(header: dict[str, Any]) -> bytes:
