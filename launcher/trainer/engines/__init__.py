@@ -127,7 +127,10 @@ def build(
         fill: which of the reader's weights are handed out: all; none when a checkpoint holds all of them; frozen when
             it holds only what is trained
     """
+    from launcher.trainer.engines.base import give_back_memory
+
     engine: Engine = importlib.import_module(ENGINES[recipe.strategy.kind]).build(
         recipe, module, device=device, precision=precision, weights=weights, fill=fill
     )
+    give_back_memory()  # the reader held the whole model
     return engine

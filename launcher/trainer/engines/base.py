@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from launcher.trainer.checkpoint.format import Piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PART = 16 << 20  # elements that travel at a time when weights are handed out
 
 
 class TorchEngine:
@@ -206,13 +209,50 @@ def hand_out(module: nn.Module, weights: dict[str, Tensor] | None, device: torch
     if fill == "frozen":
         tensors = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
     for name, tensor in tensors:
-        if weights is not None:
-            full = weights.pop(hugging_face_name(name)).to(device=device, dtype=tensor.dtype).contiguous()
-        else:
-            full = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        dist.broadcast(full, src=0)
+        full = weights.pop(hugging_face_name(name)) if weights is not None else None
         local, start, _ = place(tensor)
-        local.copy_(full.view(-1)[start : start + local.numel()])
+        for at, part in broadcast_parts(full, tensor.numel(), dtype=tensor.dtype, device=device):
+            low, high = max(at, start), min(at + part.numel(), start + local.numel())
+            if low < high:
+                local[low - start : high - start].copy_(part[low - at : high - at])
+        del full  # before the next one is asked for
+
+
+def broadcast_parts(
+    full: Tensor | None, elements: int, *, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """(start, values) of rank 0's tensor, flattened and cut into parts, on every rank; collective.
+
+    Args:
+        full: the tensor on rank 0, None on the others
+        elements: of the whole tensor
+    """
+    for start in range(0, elements, PART):
+        count = min(PART, elements - start)
+        if full is None:
+            part = torch.empty(count, dtype=dtype, device=device)
+        else:
+            part = full.reshape(-1)[start : start + count].to(device=device, dtype=dtype)
+        dist.broadcast(part, src=0)
+        yield start, part
+
+
+def give_back_memory() -> None:
+    """Return freed host memory to the system: the C library keeps what lies between blocks in use, up to gigabytes."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    if trim is not None:
+        trim(0)
+
+
+def computes_smaller(module: nn.Module, compute: torch.dtype) -> bool:
+    """Whether the arithmetic has another type than what learns: fp32 weights or adapters used in half precision."""
+    return any(p.dtype != compute for p in module.parameters() if p.requires_grad)
+
+
+def chooses_modules(module: TrainedModel) -> bool:
+    """Whether a block may pass some of its modules over for a batch, as experts kept in lists are."""
+    return any(isinstance(child, nn.ModuleList) for block in module.blocks() for child in block.modules())
 
 
 def _local(t: Tensor) -> Tensor:

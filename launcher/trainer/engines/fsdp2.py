@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from launcher.errors import UserError
+from launcher.trainer.activations import compile_block
 from launcher.trainer.engines import Fill, Precision
-from launcher.trainer.engines.base import TorchEngine, hand_out
+from launcher.trainer.engines.base import TorchEngine, chooses_modules, computes_smaller, hand_out
 from launcher.trainer.model import TrainedModel, materialise
 
 if TYPE_CHECKING:
@@ -25,12 +27,20 @@ class Fsdp2Engine(TorchEngine):
     """See the module."""
 
     shard_group: Any
+    keep_whole: bool  # reshard_after_forward: false, memory for traffic
 
     @contextlib.contextmanager
     def gradient_sync(self, sync: bool) -> Iterator[None]:
-        """Reduce in this backward, or let unsharded gradients gather on each rank."""
+        """Between micro-batches only shards of the gradient are kept, and copies (HSDP) meet at the last one alone.
+
+        With `keep_whole` nothing travels before the last: whole gradients gather on each rank, weights stay gathered.
+        """
         assert isinstance(self.module, FSDPModule)
-        self.module.set_requires_gradient_sync(sync)
+        if self.keep_whole:
+            self.module.set_requires_gradient_sync(sync)
+            self.module.set_reshard_after_backward(sync)
+        else:
+            self.module.set_requires_all_reduce(sync)
         yield
 
     def reduce_squares(self, squares: Tensor) -> Tensor:
@@ -55,25 +65,69 @@ def build(
     fill: Fill,
 ) -> Fsdp2Engine:
     """See `engines.build`."""
-    mesh = _mesh(recipe.strategy, device)
-    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": recipe.strategy.reshard_after_forward}
-    half = precision.compute != torch.float32 and recipe.model.dtype == "fp32"
-    low = precision.compute if half else None
-    if recipe.strategy.offload.params == "cpu":
+    strategy = recipe.strategy
+    mesh = _mesh(strategy, device)
+    low = precision.compute if computes_smaller(module, precision.compute) else None
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": strategy.reshard_after_forward}
+    if strategy.offload.params == "cpu":
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    for block in module.blocks():
-        if recipe.model.compile:
-            block.compile()
-        fully_shard(block, mp_policy=MixedPrecisionPolicy(low, torch.float32), **options)
+    units = module.blocks()
+    with _one_mesh_of_groups():
+        for block in units:
+            if recipe.model.compile:
+                compile_block(block)
+            fully_shard(block, mp_policy=MixedPrecisionPolicy(low, torch.float32), **options)
     # the root's float inputs are token weights, which must not be rounded
-    root = {**options, "reshard_after_forward": None if recipe.strategy.reshard_after_forward else False}
+    root = {**options, "reshard_after_forward": None if strategy.reshard_after_forward else False}
     fully_shard(module, mp_policy=MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False), **root)
-    materialise(module, torch.device("cpu") if recipe.strategy.offload.params == "cpu" else device)
+    assert isinstance(module, FSDPModule)
+    if strategy.prefetch is not None:
+        _prefetch(module, units, strategy.prefetch)
+    if chooses_modules(module) and hasattr(module, "set_reduce_scatter_unused_params"):  # since torch 2.13
+        module.set_reduce_scatter_unused_params(True)
+    materialise(module, torch.device("cpu") if strategy.offload.params == "cpu" else device)
     _move_buffers(module, device)
     hand_out(module, weights, device, fill=fill)
     engine = Fsdp2Engine(recipe, module, module, device=device, compute=precision.compute, autocast=False)
     engine.shard_group = mesh.get_group("shard")
+    engine.keep_whole = strategy.reshard_after_forward is False
     return engine
+
+
+def _prefetch(root: FSDPModule, units: list[Any], count: int) -> None:
+    """Gather so many blocks ahead of their use: later ones in the forward pass, earlier ones in the backward pass."""
+    root.set_modules_to_forward_prefetch(units[:count])
+    root.set_modules_to_backward_prefetch(units[-count:][::-1])
+    for i, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + count])
+        unit.set_modules_to_backward_prefetch(units[max(0, i - count) : i][::-1])
+
+
+@contextlib.contextmanager
+def _one_mesh_of_groups() -> Iterator[None]:
+    """With `reshard_after_forward: N`, `fully_shard` would make a mesh and its process groups anew for each block.
+
+    Each NCCL group keeps buffers on the GPU, so here all blocks get the first one's. Where torch has moved the function
+    that makes them, nothing is shared and nothing breaks.
+    """
+    place = importlib.import_module("torch.distributed.fsdp._fully_shard._fully_shard")
+    make = getattr(place, "_get_post_forward_mesh_info", None)
+    made: dict[Any, Any] = {}
+
+    def once(reshard_after_forward: Any, mesh_info: Any) -> Any:
+        if isinstance(reshard_after_forward, bool):
+            return make(reshard_after_forward, mesh_info)  # type: ignore[misc]
+        if reshard_after_forward not in made:
+            made[reshard_after_forward] = make(reshard_after_forward, mesh_info)  # type: ignore[misc]
+        return made[reshard_after_forward]
+
+    if make is not None:
+        place._get_post_forward_mesh_info = once  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if make is not None:
+            place._get_post_forward_mesh_info = make  # type: ignore[attr-defined]
 
 
 def _mesh(strategy: Strategy, device: torch.device) -> DeviceMesh:
