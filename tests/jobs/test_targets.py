@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,8 +46,34 @@ def test_l12_torchrun_scripts_of_two_nodes_match_golden(node):
     assert_golden(f"torchrun-2x8-node-{node}.sh", render(TWO_NODES, target="torchrun").files[f"node-{node}.sh"])
 
 
-def test_each_node_is_told_whether_it_hosts_the_rendezvous():
-    files = render(TWO_NODES, target="torchrun").files
+ACCELERATE = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}, "num_machines": 2, "num_processes": 16}
+
+
+def test_l12_accelerate_script_of_one_node_matches_golden():
+    rendered = render(replace(ONE_NODE, accelerate={"distributed_type": "MULTI_GPU"}), target="accelerate")
+    assert set(rendered.files) == {"recipe.yaml", "accelerate.yaml", "job.sh"}
+    assert rendered.files["accelerate.yaml"] == "distributed_type: MULTI_GPU\n"
+    assert_golden("accelerate-1x2.sh", rendered.files["job.sh"])
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_l12_accelerate_scripts_of_two_nodes_match_golden(node):
+    files = render(replace(TWO_NODES, accelerate=ACCELERATE), target="accelerate").files
+    assert_golden(f"accelerate-2x8-node-{node}.sh", files[f"node-{node}.sh"])
+    assert_golden("accelerate-2x8.yaml", files["accelerate.yaml"])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_script_is_one_that_bash_can_read(target):
+    for spec in (ONE_NODE, TWO_NODES):
+        for name, text in render(spec, target=target).files.items():
+            if name.endswith(".sh"):
+                assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_node_is_told_whether_it_hosts_the_rendezvous(target):
+    files = render(TWO_NODES, target=target).files
     assert "is_host=1" in files["node-0.sh"]
     assert "is_host=0" in files["node-1.sh"]
 
@@ -59,7 +87,9 @@ def test_l12_rendering_twice_gives_the_same_text_and_never_a_secret(target, monk
 
 
 def test_unknown_target_names_those_that_exist():
-    with pytest.raises(UserError, match=r"--target torchrn: expected one of torchrun\. Did you mean 'torchrun'"):
+    with pytest.raises(
+        UserError, match=r"--target torchrn: expected one of torchrun, accelerate\. Did you mean 'torchrun'"
+    ):
         render(ONE_NODE, target="torchrn")
 
 
