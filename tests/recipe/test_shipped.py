@@ -12,7 +12,6 @@ import yaml
 
 from launcher.jobs.spec import job_spec
 from launcher.jobs.targets import TARGETS, render
-from launcher.jobs.targets import TARGETS
 from launcher.plan import make_plan
 from launcher.recipe.check import load
 from launcher.recipe.compose import SECTIONS, compose
