@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,48 @@ from tests.trainer import make
 
 
 def truth(engine: Any) -> dict[str, str]:
-    """Hash of every weight, moment and step, gathered whole by other means than checkpoints use; collective."""
+    """Hash of every weight, moment and step, gathered whole by the library's own means, not by pieces; collective."""
     engine.ensure_state()
+    whole = _whole_of_zero(engine) if hasattr(engine, "zero") else _whole_of_torch(engine)
     found = {}
-    for name, p in engine.module.named_parameters():
-        state = engine.optimizer.state[p]
-        for kind, tensor in (("value", p), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
-            content = make.whole(tensor).contiguous().view(-1).view(torch.uint8).numpy()
-            found[f"{hugging_face_name(name)} {kind}"] = xxhash.xxh3_64_hexdigest(content)
-        found[f"{hugging_face_name(name)} step"] = str(float(state["step"]))
+    for name, kind, tensor in whole:
+        content = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        found[f"{hugging_face_name(name)} {kind}"] = xxhash.xxh3_64_hexdigest(content)
     for name, buffer in persistent_buffers(engine.module):
         found[f"{hugging_face_name(name)} value"] = str(buffer.tolist())
     return found
+
+
+def _whole_of_torch(engine: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for name, p in engine.module.named_parameters():
+        yield name, "value", make.whole(p)
+        if p.requires_grad:
+            state = engine.optimizer.state[p]
+            yield from ((name, kind, make.whole(state[kind])) for kind in ("exp_avg", "exp_avg_sq"))
+            yield name, "step", torch.tensor(float(state["step"]))
+
+
+def _whole_of_zero(engine: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """By DeepSpeed's accessors, which is also a proof that the copies read by the forward pass are not stale."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    zero = engine.zero
+    if engine.stage < 3:  # links moments of all groups but the first, which DeepSpeed forgets
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+    (step,) = {float(zero.optimizer.state[flat]["step"]) for flat in engine.flats()}
+    for name, p in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([p], enabled=engine.stage == 3):
+            low = p.detach().clone()
+        if not p.requires_grad:
+            yield name, "value", low
+            continue
+        value = safe_get_full_fp32_param(p).detach().clone()
+        assert torch.equal(low, value.to(low.dtype)), f"{name}: the copy that the forward pass reads is stale"
+        yield name, "value", value
+        yield from ((name, k, safe_get_full_optimizer_state(p, k).clone()) for k in ("exp_avg", "exp_avg_sq"))
+        yield name, "step", torch.tensor(step)
 
 
 def train(
