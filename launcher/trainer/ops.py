@@ -160,7 +160,8 @@ def _missing(name: str) -> str | None:
             found = shutil.which(tool)
         if found is None:
             return f"{tool} is not found. {fix}"
-    if _builder(name).is_compatible(verbose=False):
+    builder = _builder(name)
+    if builder.sources() and builder.is_compatible(verbose=False):
         return None
     if name == "async_io":
         return (

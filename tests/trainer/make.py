@@ -117,15 +117,50 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gradients(engine: Any) -> dict[str, torch.Tensor]:
-    """Whole gradients by Hugging Face name; collective."""
+    """Whole gradients by Hugging Face name, after the last micro-batch; collective."""
+    if hasattr(engine, "zero"):
+        return zero_whole(engine, zero_gradients(engine))
     named = engine.module.named_parameters()
     return {hugging_face_name(n): whole(p.grad) for n, p in named if p.grad is not None}
 
 
 def weights_of(engine: Any) -> dict[str, torch.Tensor]:
-    """Whole weights by Hugging Face name; collective."""
+    """Whole weights by Hugging Face name, fp32 masters where the engine keeps them; collective."""
+    if hasattr(engine, "zero"):
+        engine.ensure_state()
+        return zero_whole(engine, [flat.detach() for flat in engine.flats()])
     engine.reshard()
     return {hugging_face_name(n): whole(p) for n, p in engine.module.named_parameters()}
+
+
+def zero_gradients(engine: Any) -> list[torch.Tensor]:
+    """This rank's averaged gradient of each flat buffer of a ZeRO engine."""
+    zero = engine.zero
+    if hasattr(zero, "fp32_groups_gradient_flat_partition"):
+        return list(zero.fp32_groups_gradient_flat_partition)
+    out = []
+    for i, flat in enumerate(engine.flats()):
+        if flat.grad is not None:  # offloaded
+            out.append(flat.grad)
+        else:
+            parts = [part.reshape(-1) for part in zero.averaged_gradients[i]]
+            out.append(torch.cat([*parts, torch.zeros(flat.numel())])[: flat.numel()])
+    return out
+
+
+def zero_whole(engine: Any, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tensors of a ZeRO engine's trained parameters from its ranks' flat buffers; collective."""
+    out, place = {}, {id(flat): i for i, flat in enumerate(engine.flats())}
+    for name, p in engine.module.named_parameters():
+        if p.requires_grad:
+            shape = getattr(p, "ds_shape", p.shape)
+            full = torch.zeros(shape).view(-1)
+            if span := engine.span(p):
+                flat, at, start, length = span
+                full[start : start + length] = flats[place[id(flat)]][at : at + length]
+            torch.distributed.all_reduce(full)
+            out[hugging_face_name(name)] = full.view(shape)
+    return out
 
 
 def make_run(folder: Path, recipe: Recipe, *, total_steps: int = 6, evaluation: bool = True) -> RunDirectory:

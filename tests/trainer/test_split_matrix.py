@@ -1,4 +1,4 @@
-"""L1: however a global batch is split over ranks, micro-batches, engines and packing, loss and gradient stay."""
+"""L1: however a global batch is split over ranks, micro-batches, strategies and packing, loss and gradient stay."""
 
 from __future__ import annotations
 
@@ -14,14 +14,27 @@ from tests.ranks import run_ranks
 from tests.trainer import make
 
 STEPS = 3  # following steps whose losses are compared
-CASES = list(itertools.product(("ddp", "fsdp2"), (1, 2), ("packed", "documents")))
+OFFLOAD = {"strategy__offload__optimizer": "cpu", "strategy__offload__params": "cpu"}
+STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddp": ("ddp", {}), "fsdp2": ("fsdp2", {}), "hsdp": ("fsdp2", {"strategy__replicate": 2}),
+    "zero1": ("zero1", {}), "zero2": ("zero2", {}), "zero3": ("zero3", {}), "zero3+offload": ("zero3", OFFLOAD),
+}  # fmt: skip
+Case = tuple[str, int, str]  # strategy, rows of a micro-batch, layout
+
+
+def cases(world_size: int) -> list[Case]:
+    """Torch's engines with every split; the others with both layouts and both sizes of a micro-batch."""
+    own = list(itertools.product(("ddp", "fsdp2"), (1, 2), ("packed", "documents")))
+    others = [s for s in STRATEGIES if s not in ("ddp", "fsdp2") and (s != "hsdp" or world_size % 2 == 0)]
+    return own + [(strategy, *split) for strategy in others for split in ((1, "packed"), (2, "documents"))]
 
 
 def measure(
-    rank: int, world_size: int, store: str, kind: str, micro: int, layout: str
+    rank: int, world_size: int, store: str, strategy: str, micro: int, layout: str
 ) -> tuple[list[float], dict[str, Any]]:
     """Losses of the first steps, and the whole gradient of the first."""
-    recipe = make.make_recipe(kind, train__micro_batch_size=micro)
+    kind, changes = STRATEGIES[strategy]
+    recipe = make.make_recipe(kind, train__micro_batch_size=micro, **changes)
     engine, backend = make.make_engine(recipe, rank=rank)
     rows = make.batches(Path(store), recipe, rank=rank, world_size=world_size, layout=layout)
     losses, first = [], {}
@@ -38,8 +51,8 @@ def measure(
 def measure_all(rank: int, world_size: int, store: str) -> list[Any]:
     """Every case of this number of ranks in one rank group; gradients from rank 0 alone."""
     out = []
-    for kind, micro, layout in CASES:
-        losses, gradient = measure(rank, world_size, store, kind, micro, layout)
+    for strategy, micro, layout in cases(world_size):
+        losses, gradient = measure(rank, world_size, store, strategy, micro, layout)
         out.append((losses, {n: g.numpy() for n, g in gradient.items()} if rank == 0 else None))
     return out
 
@@ -90,7 +103,8 @@ def test_l1_every_split_of_a_global_batch_gives_the_same_loss_gradient_and_follo
 ) -> None:
     losses, gradient = reference(store)
     whole_norm = torch.sqrt(sum((g.double() ** 2).sum() for g in gradient.values()))
-    for case, (got, grads) in zip(CASES, run_ranks(measure_all, world_size, store)[0], strict=True):
+    measured = run_ranks(measure_all, world_size, store)[0]
+    for case, (got, grads) in zip(cases(world_size), measured, strict=True):
         assert abs(got[0] / losses[0] - 1) <= 1e-6, (case, got[0], losses[0])
         assert grads.keys() == gradient.keys()
         difference = {n: (torch.from_numpy(grads[n]).double() - gradient[n].double()).norm() for n in gradient}

@@ -7,6 +7,7 @@ host: each step reads the norm of the gradient once.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import itertools
 import logging
@@ -95,7 +96,7 @@ class ZeroEngine:
         """See Engine."""
         if self.stage == 3:
             self.zero.checkpoint_event_prologue()  # small parameters that stay gathered go back into their shards
-        for flat in self._flats():
+        for flat in self.flats():
             if not self.optimizer.state[flat]:
                 zeros = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
                 step: Any = torch.zeros((), dtype=torch.float32, device=flat.device)
@@ -117,7 +118,7 @@ class ZeroEngine:
                     start, length = _share(p)
                     yield Piece(name, "value", start, p.ds_tensor.data.view(-1)[:length], 0, 1)  # type: ignore[attr-defined]
                 continue
-            if span := self._span(p):
+            if span := self.span(p):
                 flat, at, start, length = span
                 yield Piece(name, "value", start, flat.detach()[at : at + length], 0, 1)
                 for kind in MOMENTS:
@@ -128,7 +129,7 @@ class ZeroEngine:
     def set_step(self, step: int) -> None:
         """See Engine."""
         self.ensure_state()
-        for flat in self._flats():
+        for flat in self.flats():
             state = self.optimizer.state[flat]
             if isinstance(state["step"], Tensor):
                 state["step"].fill_(step)
@@ -158,7 +159,7 @@ class ZeroEngine:
 
     def trainer_state(self) -> dict[str, Any]:
         """See Engine."""
-        steps = {int(state["step"]) for flat in self._flats() if (state := self.optimizer.state[flat])}
+        steps = {int(state["step"]) for flat in self.flats() if (state := self.optimizer.state[flat])}
         scale = self.loss_scale
         return {
             "optimizer_step": max(steps, default=0),
@@ -180,7 +181,7 @@ class ZeroEngine:
         for name, p in self.module.named_parameters():
             if p.requires_grad:
                 full = _from_reader(name, p, weights, dtype=torch.float32, device=self.device)
-                if span := self._span(p):
+                if span := self.span(p):
                     flat, at, start, length = span
                     flat.data[at : at + length].copy_(full[start : start + length])
         self.refresh()
@@ -190,20 +191,20 @@ class ZeroEngine:
         if self.loss_scale is not None:
             self.zero.override_loss_scale(float(self.loss_scale.value))
 
-    def _flats(self) -> list[Tensor]:
+    def flats(self) -> list[Tensor]:
         """The flat fp32 buffers that the inner optimizer updates."""
         if self.stage == 3:
             return list(self.zero.fp32_partitioned_groups_flat)
         return [group["params"][0] for group in self.optimizer.param_groups]
 
-    def _span(self, p: nn.Parameter) -> Span | None:
+    def span(self, p: nn.Parameter) -> Span | None:
         """Where this rank's part of a trained parameter lies; None when it has none."""
         if self.stage == 3:
             group, at, _ = self.zero.grad_position[self.zero.get_param_id(p)]
             start, length = _share(p)
             return (self.zero.fp32_partitioned_groups_flat[group], at, start, length) if length else None
         group, first = self._places()[id(p)]
-        flat = self._flats()[group]
+        flat = self.flats()[group]
         base = flat.numel() * dist.get_rank(self.zero.real_dp_process_group[group])
         low, high = max(first, base), min(first + p.numel(), base + flat.numel())
         return (flat, low - base, low - first, high - low) if high > low else None
@@ -269,6 +270,8 @@ def load(device: torch.device) -> Any:
     """
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+        # ranks of this node; else DeepSpeed runs a program that counts NUMA nodes, at every reduction
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
         import deepspeed
@@ -280,8 +283,21 @@ def load(device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's older calls
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled here and now
+    _import_muon_uncompiled()
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    """ZeRO imports the Muon optimizer wherever it reduces gradients, to ask whether it is in use; its module compiles
+    itself at import, which takes every rank seconds and is never used here."""
+    from deepspeed.runtime import compiler
+
+    compile, compiler.compile = compiler.compile, lambda *args, **kwargs: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile
 
 
 def refuse(recipe: Recipe, deepspeed: Any, *, device: torch.device, compute: torch.dtype) -> None:
