@@ -28,7 +28,7 @@ PURPOSES = {  # extra -> what needs it; without it the rest works
     "trackers": "logging.trackers=[tensorboard] needs it",
 }
 OPS = {  # operator of DeepSpeed -> what it is for
-    "cpu_adam": "the update in host memory is faster with it",
+    "cpu_adam": "strategy.offload to nvme needs it, to cpu is faster with it",
     "async_io": "strategy.offload to nvme needs it",
     "quantizer": "strategy.zero.quantized_weights needs it, on GPUs",
 }

@@ -199,6 +199,7 @@ def test_a_machine_without_a_compiler_is_told_so_and_no_traceback(tmp_path: Path
 
 @needs_deepspeed
 @pytest.mark.matrix
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 def test_the_adam_is_built_once_and_then_found(tmp_path: Path):
     first = script("--build-ops", folder=tmp_path, path=os.environ["PATH"])

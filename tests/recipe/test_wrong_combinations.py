@@ -273,6 +273,11 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "model.dtype",
         ["bf16: expected fp32", "Write fp32."],
     ),
+    "bf16 weights and adapters of ZeRO": (
+        zero(2, "adapter.kind=lora", "model.dtype=bf16"),
+        "model.dtype",
+        ["bf16: expected fp32 with adapters and zero2", "Write fp32: with train.precision=bf16"],
+    ),
     "gradients in 4 bit from bf16": (
         [*TWO_NODES, "train.precision=bf16", *zero(3, "strategy.zero.quantized_gradients=true")],
         "strategy.zero.quantized_gradients",
@@ -311,6 +316,12 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "model.liger",
         ["true: expected auto or false: liger-kernel has nothing for model_type gpt_bigcode", "Write auto"],
     ),
+    "compiled blocks of zero3": (
+        zero(3, "model.compile=true"),
+        "model.compile",
+        ["true: expected false with zero3", "use strategy.kind=fsdp2"],
+    ),
+    "compiled blocks of zero1": (zero(1, "model.compile=true"), "model.compile", ["expected false with zero1"]),
     # adapters
     "rank without an adapter": (
         ["adapter.rank=8"],
@@ -389,6 +400,8 @@ GOOD_COMBINATIONS = [
     ["strategy=zero3", "strategy.offload.params=cpu"],
     ["strategy=zero3", "strategy.offload={optimizer: nvme, nvme_path: /disk}"],
     ["strategy=zero2", "strategy.deepspeed={zero_optimization: {round_robin_gradients: true}}"],
+    ["strategy=zero2", "model.dtype=bf16"],
+    ["model.compile=true", "adapter.kind=lora", "model.dtype=bf16"],
     ["strategy.prefetch=2", "strategy.reshard_after_forward=false"],
     ["adapter={kind: lora, rank: 8, alpha: 16, dropout: 0.1, targets: [q_proj]}", "checkpoint.store_frozen=true"],
     ["model={config: {model_type: gpt_bigcode}, tokenizer: a/b}", "model.liger=auto"],

@@ -27,16 +27,25 @@ LIGER_MODELS = {
 
 def precision(recipe: Recipe) -> Iterator[Problem]:
     """The type of the weights, that of the arithmetic, and what reads only some of them."""
-    model, train, zero = recipe.model, recipe.train, recipe.strategy.zero
+    model, train, kind = recipe.model, recipe.train, recipe.strategy.kind
     if model.dtype == "bf16" and train.precision in ("fp32", "fp16"):
         fix = "Write auto, or model.dtype=fp32."
         expected = "auto or bf16 with model.dtype = bf16"
         yield Problem("train.precision", train.precision, expected, fix, because=("model.dtype",))
+    if model.dtype == "bf16" and kind.startswith("zero") and recipe.adapter.kind == "lora":
+        expected = f"fp32 with adapters and {kind}: DeepSpeed keeps one type, and would train the adapters in bf16"
+        fix = "Write fp32: with train.precision=bf16 DeepSpeed holds the frozen weights in bf16 all the same."
+        yield Problem("model.dtype", "bf16", expected, fix, because=("strategy.kind", "adapter.kind"))
     half_or_cpu = train.precision != "fp32" or recipe.cluster.accelerator == "cpu"
     if model.attention in _HALF_ONLY and not half_or_cpu:
         expected = "auto, flex, sdpa or eager with train.precision = fp32: flash kernels take half precision alone"
         fix = "Write auto, or train.precision=bf16."
         yield Problem("model.attention", model.attention, expected, fix, because=("train.precision",))
+    yield from _quantized_gradients(recipe)
+
+
+def _quantized_gradients(recipe: Recipe) -> Iterator[Problem]:
+    train, zero = recipe.train, recipe.strategy.zero
     if zero.quantized_gradients and train.precision != "fp16":
         # DeepSpeed 0.19 hands gradients of any type to kernels that read fp16 (csrc/quantization/pt_binding.cpp)
         expected = f"false with train.precision = {train.precision}: DeepSpeed reads gradients of other types as fp16"
@@ -50,8 +59,12 @@ def precision(recipe: Recipe) -> Iterator[Problem]:
 
 
 def kernels(recipe: Recipe) -> Iterator[Problem]:
-    """Liger's kernels are for architectures it knows."""
-    family = _config(recipe).get("model_type")
+    """Liger's kernels are for architectures it knows, compiled blocks for engines that leave them alone."""
+    kind, family = recipe.strategy.kind, _config(recipe).get("model_type")
+    if recipe.model.compile and kind.startswith("zero"):
+        expected = f"false with {kind}: only blocks of ddp and fsdp2 are compiled, DeepSpeed hooks into each layer"
+        fix = "Remove the key, or use strategy.kind=fsdp2."
+        yield Problem("model.compile", True, expected, fix, because=("strategy.kind",))
     if recipe.model.liger is True and isinstance(family, str) and family not in LIGER_MODELS:
         expected = f"auto or false: liger-kernel has nothing for model_type {family}"
         because = ("model.name", "model.config")
