@@ -57,13 +57,15 @@ def choose(requested: Literal["auto", True, False], device: torch.device, model_
     return Kernels(False, problem)
 
 
-def apply(model: Any, use: Kernels) -> str:
-    """Put Liger's kernels into a built model and keep those that compute what they replace; a clause for the log.
+def apply(model: Any, use: Kernels) -> tuple[str, bool]:
+    """Put Liger's kernels into a built model and keep those that compute what they replace.
 
     Liger looks at the model's type alone, so an unusual activation or rotary embedding would change the model in
-    silence. One module of each kind and the rotary embedding are therefore compared on the device, with gradients. The
-    head stays ours, which calls Liger's fused loss itself.
+    silence. One module of each kind, the rotary embedding and the loss are therefore compared on the device, with
+    gradients. The head stays ours, which calls Liger's fused loss itself.
 
+    Returns:
+        A clause for the log, and whether the fused loss can be used.
     Raises:
         UserError: `model.liger: true`, and one differs.
     """
@@ -86,6 +88,8 @@ def apply(model: Any, use: Kernels) -> str:
         else:
             setattr(source, _ROTARY, after[_ROTARY])
             used["rotary embedding"] = 1
+    if why := _loss_differs(model, use.device):
+        left_out["fused loss"] = why
     without = "; ".join(f"{kind}: {why}" for kind, why in left_out.items())
     if without and use.required:
         raise UserError(
@@ -93,7 +97,7 @@ def apply(model: Any, use: Kernels) -> str:
             "Use model.liger=auto, which leaves them out."
         )
     text = ", ".join(kind if count == 1 else f"{kind} x {count}" for kind, count in used.items()) or "no kernel fits"
-    return f"{text}; left out: {without}" if without else text
+    return (f"{text}; left out: {without}" if without else text), "fused loss" not in left_out
 
 
 def loss_clause(head: Head | None) -> str:
@@ -226,6 +230,29 @@ def _rotary_differs(model: Any, original: Any, fused: Any, device: torch.device)
             )  # fmt: skip
             if told[-1]:
                 break
+    return told[-1]
+
+
+def _loss_differs(model: Any, device: torch.device) -> str | None:
+    """Compare the fused loss with ours on a few tokens, capped as this model caps its logits."""
+    from launcher.trainer.objectives.chunked import Head, weighted_nll
+
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(shape: Any) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    with _comparison() as told:
+        targets, ones = torch.arange(24, device=device), torch.ones(24, device=device)
+
+        def ours(hidden: Tensor, weight: Tensor) -> Tensor:
+            return weighted_nll(hidden, weight, None, targets, ones, Head(softcap=softcap)).float()
+
+        def theirs(hidden: Tensor, weight: Tensor) -> Tensor:
+            return fused_nll_sum(hidden, weight, None, targets, softcap)
+
+        told.append(_functions_differ(theirs, ours, [random((24, 64)), random((40, 64))], [], random))
     return told[-1]
 
 

@@ -159,17 +159,19 @@ def build_skeleton(
         adapted = adapters.inject(lm, adapter) if adapter is not None and adapter.kind == "lora" else None
     attention.refuse_without_positions(lm.base_model)
     liger = f"liger: {str(use.liger).lower()} ({use.reason})"
+    fused_loss = False
     if use.liger:
-        liger += f"; {kernels.apply(lm, use)}"
+        said, fused_loss = kernels.apply(lm, use)
+        liger += f"; {said}"
     head, why = find_head(lm)
     notes = [
         f"attention: {chosen.backend} ({chosen.reason})",
-        f"{liger}; {kernels.loss_clause(head)}" if use.liger else liger,
+        f"{liger}; {kernels.loss_clause(head)}" if fused_loss else liger,
         f"loss: {why}",
     ]
     if adapted is not None:
         notes.append(f"adapter: {adapted}")
-    module = TrainedModel(lm, head=head, liger=use.liger)
+    module = TrainedModel(lm, head=head, liger=fused_loss)
     if model.gradient_checkpointing != "none":
         notes.append(f"gradient checkpointing: {activations.apply(module, model.gradient_checkpointing)}")
     module.objective = objective

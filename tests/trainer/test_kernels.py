@@ -50,6 +50,20 @@ def rotary_of_one_row(q: Any, k: Any, cos: Any, sin: Any, *rest: Any) -> Any:
     return rotary(q, k, cos[:1], sin[:1])
 
 
+class FusedLoss:
+    """Sums are all that is asked of it."""
+
+    def __init__(self, *, reduction: str, softcap: float | None, accum_dtype: torch.dtype) -> None:
+        assert (reduction, accum_dtype) == ("sum", torch.float32)
+        self.softcap = softcap
+
+    def __call__(self, weight: Any, hidden: Any, targets: Any, bias: Any) -> Any:
+        logits = functional.linear(hidden, weight, bias).float()
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return functional.cross_entropy(logits, targets, reduction="sum")
+
+
 @pytest.fixture
 def liger(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A package of Liger's shape whose kernels are plain torch; tests exchange them for wrong ones."""
@@ -71,6 +85,9 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     package.transformers._apply_liger_kernel_to_instance = patch  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "liger_kernel", package)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package.transformers)  # type: ignore[attr-defined]
+    loss = SimpleNamespace(LigerFusedLinearCrossEntropyLoss=FusedLoss)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.fused_linear_cross_entropy", loss)
+    chosen.loss = loss
     return chosen
 
 
@@ -112,7 +129,7 @@ def test_kernels_that_compute_the_same_are_kept_and_counted(liger: SimpleNamespa
     from transformers.models.llama import modeling_llama
 
     lm, norms = language_model(), modeling_llama.LlamaRMSNorm
-    assert kernels.apply(lm, ON) == "LlamaMLP x 2, LlamaRMSNorm x 2, rotary embedding"
+    assert kernels.apply(lm, ON) == ("LlamaMLP x 2, LlamaRMSNorm x 2, rotary embedding", True)
     assert modeling_llama.apply_rotary_pos_emb is rotary
     assert modeling_llama.LlamaRMSNorm is norms, "another model of this process would be patched, too"
     assert lm.model.layers[0].mlp.forward.__func__ is swiglu
@@ -121,7 +138,7 @@ def test_kernels_that_compute_the_same_are_kept_and_counted(liger: SimpleNamespa
 
 def test_a_kernel_that_ignores_the_activation_is_left_out(liger: SimpleNamespace) -> None:
     lm = language_model(hidden_act="gelu")
-    said = kernels.apply(lm, ON)
+    said, _ = kernels.apply(lm, ON)
     assert said.startswith("LlamaRMSNorm x 2, rotary embedding; left out: LlamaMLP: values differ by")
     assert "forward" not in vars(lm.model.layers[0].mlp)
 
@@ -138,7 +155,7 @@ def test_a_wrong_gradient_and_a_wrong_rotary_embedding_are_left_out(liger: Simpl
     original = modeling_llama.apply_rotary_pos_emb
     liger.norm = lambda self, hidden: norm(self, hidden.detach()) + 0 * hidden
     liger.rotary = rotary_of_one_row
-    said = kernels.apply(language_model(), ON)
+    said, _ = kernels.apply(language_model(), ON)
     assert "LlamaRMSNorm: gradients differ" in said
     assert "rotary embedding: values differ" in said
     assert modeling_llama.apply_rotary_pos_emb is original
@@ -149,8 +166,19 @@ def test_a_kernel_that_fails_is_left_out_with_its_error(liger: SimpleNamespace) 
         raise RuntimeError("0 active drivers")
 
     liger.swiglu = fails
-    said = kernels.apply(language_model(), ON)
+    said, _ = kernels.apply(language_model(), ON)
     assert "LlamaMLP: cannot be compared (RuntimeError: 0 active drivers)" in said
+
+
+def test_a_fused_loss_that_differs_is_not_used(liger: SimpleNamespace) -> None:
+    class Mean(FusedLoss):
+        def __call__(self, weight: Any, hidden: Any, targets: Any, bias: Any) -> Any:
+            return super().__call__(weight, hidden, targets, bias) / len(targets)
+
+    liger.loss.LigerFusedLinearCrossEntropyLoss = Mean
+    said, fused_loss = kernels.apply(language_model(), ON)
+    assert "left out: fused loss: values differ" in said
+    assert not fused_loss
 
 
 def test_the_log_says_which_kernels_are_in_and_when_the_loss_is_fused(liger: SimpleNamespace) -> None:
