@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,6 +23,20 @@ from tests.recipe.make import GOOD, write
 RECIPES = sorted(folder("recipes").glob("*.yaml"))
 PRESETS = sorted(folder("recipes").glob("*/*.yaml"))
 COMMAND = re.compile(r"^# .*?: +launcher (\w+) (recipes/\S+)(.*)$", re.MULTILINE)
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {  # config.json of the hub models that recipes name, as far as it has sizes
+    "meta-llama/Llama-3.1-8B": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    },
+    "Qwen/Qwen2.5-0.5B-Instruct": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "max_position_embeddings": 32768, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
 
 
 def name(path: Path) -> str:
@@ -45,6 +61,19 @@ def test_a_shipped_recipe_is_checked_and_planned(path: Path):
     plan = make_plan(composed.recipe)
     assert plan.world_size == composed.recipe.cluster.nodes * composed.recipe.cluster.nproc_per_node
     assert plan.global_batch_size == plan.world_size * plan.micro_batch_size * plan.accumulation_steps
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_a_shipped_recipe_fits_the_gpus_it_names(path: Path, here: Path):
+    model, overrides = compose(path).recipe.model, []
+    if model.config is None:
+        (here / "config.json").write_text(json.dumps(ARCHITECTURES[str(model.name)]))
+        overrides = [f"model.name={here}"]
+    recipe = load(path, overrides).recipe
+    memory = make_plan(recipe).memory
+    assert memory is not None
+    if recipe.cluster.gpu_memory_gib is not None:
+        assert 0.1 < memory.total / (recipe.cluster.gpu_memory_gib * 2**30) < 0.9
 
 
 @pytest.mark.parametrize("target", TARGETS)
