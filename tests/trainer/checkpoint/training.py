@@ -25,11 +25,15 @@ def truth(engine: Any) -> dict[str, str]:
     whole = _whole_of_zero(engine) if hasattr(engine, "zero") else _whole_of_torch(engine)
     found = {}
     for name, kind, tensor in whole:
-        content = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-        found[f"{hugging_face_name(name)} {kind}"] = xxhash.xxh3_64_hexdigest(content)
+        found[f"{hugging_face_name(name)} {kind}"] = digest(tensor)
     for name, buffer in persistent_buffers(engine.module):
         found[f"{hugging_face_name(name)} value"] = str(buffer.tolist())
     return found
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Hash of a tensor's bytes."""
+    return xxhash.xxh3_64_hexdigest(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _whole_of_torch(engine: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
