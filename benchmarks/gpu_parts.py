@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -106,8 +107,20 @@ def make_recipe(kind: str = "ddp", *, config: dict[str, Any], rows: int = 2, **c
     return recipe
 
 
+_rotary: dict[str, Any] = {}
+
+
+def restore_rotary(recipe: Recipe) -> None:
+    """Take Liger's rotary embedding out of this process: it is the one thing that Liger changes beside the instance."""
+    assert recipe.model.config is not None
+    name = recipe.model.config["model_type"].removesuffix("_text")
+    source = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    source.apply_rotary_pos_emb = _rotary.setdefault(name, source.apply_rotary_pos_emb)  # type: ignore[attr-defined]
+
+
 def built(recipe: Recipe, place: Place, *, compute: torch.dtype) -> tuple[model.TrainedModel, str, list[str]]:
     """(model with the recipe's weights and no engine, attention back end, what was decided)"""
+    restore_rotary(recipe)
     skeleton = model.build_for(recipe.model, device=place.device, compute=compute, objective_kind=recipe.objective.kind)
     weights = model.read_weights(recipe.model, skeleton.config, seed=recipe.train.seed)
     model.materialise(skeleton.module, place.device)
@@ -122,6 +135,7 @@ def make_engine(recipe: Recipe, place: Place, *, random_in_place: bool = False) 
     Args:
         random_in_place: fill the weights where they lie, for models that take long to make on the host
     """
+    restore_rotary(recipe)
     precision = engines.choose_precision(recipe.train.precision, recipe.model.dtype, place.device)
     skeleton = model.build_for(
         recipe.model, device=place.device, compute=precision.compute, objective_kind=recipe.objective.kind
