@@ -246,25 +246,39 @@ def _master(job: Job) -> int:
 
 
 def _zero12(job: Job) -> _Share:
+    """Weights whole on each rank, in the type of the arithmetic; masters, moments and summed gradients in flat parts.
+
+    ZeRO-1 keeps whole gradients from one micro-batch of a step to the next; in bf16 it is another class of DeepSpeed's
+    (BF16_Optimizer), which sums whole gradients in fp32 beside those of the arithmetic.
+    """
     recipe, c, master = job.recipe, job.how.compute, _master(job)
-    flat = sum(flat_groups(job.found, job.world))
-    part = flat // job.world
+    flat, learnt = sum(flat_groups(job.found, job.world)), elements(job.found, trained=True)
+    part, wide = flat // job.world, c == 2 and master == 4
     offloaded = recipe.strategy.offload.optimizer != "none"
-    whole = recipe.strategy.kind == "zero1"
+    first = recipe.strategy.kind == "zero1"
     weights = (flat + elements(job.found, trained=False)) * c
     largest = max((math.prod(w.shape) for w in job.found if w.trained), default=0)
-    buffers = _bucket(job) * 4 * 2 + largest * c + (largest * c if offloaded else 0)
-    gradients = (flat if whole else part) * master
+    buffers = _bucket(job) * 4 * 2 + largest * c * (1 + offloaded)
+    if first and wide and planned_precision(recipe) == "bf16" and not offloaded:
+        return _Share(
+            weights=weights, masters=part * master, gradients=flat * master + learnt * c, moments=2 * part * master,
+            buffers=buffers,
+        )  # fmt: skip
+    if first and job.accumulates:
+        buffers += learnt * (master if wide else c)
     if offloaded:
-        host = part * (master * 4 + c)  # master, its gradient, two moments; the weight in the type of the arithmetic
-        return _Share(weights=weights, gradients=gradients, buffers=buffers, host=host)
+        return _Share(
+            weights=weights, buffers=buffers, gradients=part * master * wide,
+            host=part * (master * 4 + c),  # master, its gradient, two moments; the weight as the forward pass reads it
+        )  # fmt: skip
     return _Share(
-        weights=weights, masters=part * master, gradients=gradients, moments=2 * part * master, buffers=buffers,
+        weights=weights, masters=part * master, gradients=part * master, moments=2 * part * master, buffers=buffers,
         update=part * master,
     )  # fmt: skip
 
 
 def _zero3(job: Job) -> _Share:
+    """Everything in parts, each weight padded to the ranks; also fp32 weights have masters (DeepSpeed 0.19)."""
     recipe, c, master, n = job.recipe, job.how.compute, _master(job), job.world
     zero, offload = recipe.strategy.zero, recipe.strategy.offload
     part = sum(-(-math.prod(w.shape) // n) * w.times for w in job.found if w.trained)
@@ -276,22 +290,15 @@ def _zero3(job: Job) -> _Share:
         gathered += sum(-(-math.prod(w.shape) // zero.hpz_partition_size) * w.times for w in job.found) * c
     largest = max((math.prod(w.shape) for w in job.found if w.trained), default=0)
     buffers = _bucket(job) * 4 + largest * (c + 4)
-    weights, own_master = (part + frozen) * c, c != master or offload.optimizer != "none"
-    masters, moments = part * master * own_master, 2 * part * master
-    parts: dict[str, int] = {"gradients": part * master}
-    host = nvme = 0
-    for where, place, count in (
-        (("masters", "moments"), offload.optimizer, masters + moments), (("weights",), offload.params, weights)
-    ):  # fmt: skip
-        host, nvme = host + count * (place == "cpu"), nvme + count * (place == "nvme")
-        if place == "none":
-            parts.update({"masters": masters, "moments": moments} if "masters" in where else {"weights": weights})
-    if offload.optimizer != "none":
-        host += part * master  # gradients of the update
-        parts["gradients"] = 0 if offload.optimizer == "cpu" else parts["gradients"]
+    weights, gradients, moments = (part + frozen) * c, part * master, 2 * part * master
+    masters = part * master
+    on_host = {"none": 0, "cpu": masters + moments + 2 * gradients, "nvme": 2 * gradients}[offload.optimizer]
+    on_disk = (masters + moments) * (offload.optimizer == "nvme") + weights * (offload.params == "nvme")
+    here = offload.optimizer == "none"
     return _Share(
-        **parts, gathered=gathered, buffers=buffers, host=host, nvme=nvme,
-        update=part * master if offload.optimizer == "none" else 0,
+        weights=weights * (offload.params == "none"), masters=masters * here, gradients=gradients * here,
+        moments=moments * here, gathered=gathered, buffers=buffers, update=gradients * here,
+        host=on_host + weights * (offload.params == "cpu"), nvme=on_disk,
     )  # fmt: skip
 
 

@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launcher.plan.parameters import _BUILDERS, _FAMILIES, count, read_config, unknown_family, weights
+from launcher.plan.parameters import (
+    _BUILDERS,
+    _FAMILIES,
+    Parameters,
+    count,
+    read_config,
+    unknown_family,
+    weights,
+    with_adapters,
+)
 
 SMALL = {
     "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -34,13 +44,25 @@ CASES = [
 ]  # fmt: skip
 
 
-def shapes_on_meta(config: dict) -> Counter[tuple[int, ...]]:
+def model_on_meta(config: dict) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{"pad_token_id": None, **config}))
-    return Counter(tuple(p.shape) for p in model.parameters())
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**{"pad_token_id": None, **config}))
+
+
+def shapes_on_meta(config: dict) -> Counter[tuple[int, ...]]:
+    return Counter(tuple(p.shape) for p in model_on_meta(config).parameters())
+
+
+def linear_layers_on_meta(config: dict) -> set[str]:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    model = model_on_meta(config)
+    head = model.get_output_embeddings()
+    return {n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
 
 
 @pytest.mark.parametrize("config", CASES, ids=lambda c: c["model_type"] + "-" + str(len(c)))
@@ -61,31 +83,78 @@ LLAMA3_8B = {
 }  # fmt: skip
 
 
+def counted(config: dict[str, Any], seq_len: int, *, recompute: bool = False) -> Parameters:
+    found = weights(config)
+    assert found is not None
+    return count(config, found, seq_len, recompute=recompute)
+
+
 def test_llama3_8b_costs_51_gflop_a_token_at_8192_as_published_tables_imply():
-    parameters = count(LLAMA3_8B, 8192)
-    assert parameters is not None
-    assert parameters.total == 8_030_261_248
+    parameters = counted(LLAMA3_8B, 8192)
+    assert parameters.total == parameters.trainable == 8_030_261_248
     assert parameters.flops_per_token == pytest.approx(51.47e9, rel=1e-3)
 
 
+def test_lora_costs_four_for_a_frozen_weight_six_for_its_own_and_all_of_attention():
+    found = with_adapters(weights(LLAMA3_8B) or [], 8, ["all-linear"])
+    parameters = count(LLAMA3_8B, found, 4096)
+    thin = 32 * 8 * ((4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 14336) * 3)
+    attention = 6 * 32 * 4096 * 4096
+    assert (parameters.total, parameters.trainable) == (8_030_261_248 + thin, thin)
+    assert parameters.flops_per_token == 4 * (8_030_261_248 - 128256 * 4096) + 6 * thin + attention
+
+
+def test_recomputed_blocks_cost_one_more_forward_beside_the_model_flops():
+    once, twice = counted(LLAMA3_8B, 8192), counted(LLAMA3_8B, 8192, recompute=True)
+    blocks = 8_030_261_248 - 2 * 128256 * 4096 - 4096
+    assert twice.flops_per_token == once.flops_per_token
+    assert (once.recompute_flops_per_token, twice.recompute_flops_per_token) == (
+        0, 2 * blocks + 2 * 32 * 4096 * 8192,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CASES, ids=lambda c: c["model_type"] + "-" + str(len(c)))
+def test_all_linear_means_every_linear_layer_of_the_blocks_under_its_own_name(config):
+    names = {w.layer.format(b) for w in weights(config) or [] if w.layer for b in w.blocks}
+    assert names == linear_layers_on_meta(config)
+
+
+@pytest.mark.parametrize(
+    ("targets", "pairs"),
+    [(["q_proj"], 3), (["self_attn.q_proj", "v_proj"], 6), (["layers.1.mlp.down_proj"], 1),
+     (["model.layers.2.self_attn.k_proj"], 1), (["lm_head"], 1), (["proj"], 0), (["all-linear"], 21)],
+)  # fmt: skip
+def test_targets_are_whole_names_or_endings_of_them(targets, pairs):
+    found = with_adapters(weights({"model_type": "llama", **SMALL}) or [], 4, targets)
+    assert sum(w.times for w in found if w.adapter) == 2 * pairs
+    assert not any(w.trained and not w.adapter for w in found)
+
+
+def test_adapters_of_gpt2_know_that_its_matrices_are_transposed():
+    found = with_adapters(weights({"model_type": "gpt2", "n_layer": 1, "n_embd": 8}) or [], 2, ["c_attn"])
+    assert [w.shape for w in found if w.adapter] == [(2, 8), (24, 2)]
+
+
+def test_every_block_holds_what_the_model_holds_divided_by_its_blocks():
+    for config in CASES:
+        for w in weights(config) or []:
+            assert not w.blocks or w.times % len(w.blocks) == 0
+
+
 def test_tied_head_is_counted_once_but_costs_its_product():
-    tied, untied = count(LLAMA3_8B | {"tie_word_embeddings": True}, 512), count(LLAMA3_8B, 512)
-    assert tied is not None
-    assert untied is not None
+    tied, untied = counted(LLAMA3_8B | {"tie_word_embeddings": True}, 512), counted(LLAMA3_8B, 512)
     assert untied.total - tied.total == 128256 * 4096
     assert untied.flops_per_token == tied.flops_per_token
 
 
 def test_mixture_of_experts_costs_only_the_experts_a_token_uses():
     config = {"model_type": "mixtral"}
-    one, two = count(config | {"num_experts_per_tok": 1}, 128), count(config | {"num_experts_per_tok": 2}, 128)
-    assert one is not None
-    assert two is not None
+    one, two = (counted(config | {"num_experts_per_tok": used}, 128) for used in (1, 2))
     assert two.flops_per_token - one.flops_per_token == pytest.approx(6 * 32 * 3 * 4096 * 14336)
 
 
 def test_unknown_family_says_which_ones_are_known():
-    assert count({"model_type": "mamba"}, 128) is None
+    assert weights({"model_type": "mamba"}) is None
     assert "mamba" in unknown_family({"model_type": "mamba"})
     assert "llama" in unknown_family({"model_type": "mamba"})
 

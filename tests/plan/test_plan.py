@@ -8,11 +8,9 @@ import sys
 
 import pytest
 
-from launcher.plan import Mesh, Plan, make_plan, memory_problems
+from launcher.plan import Mesh, Plan, make_plan
 from launcher.plan.batch import accumulation_steps
-from launcher.plan.memory import model_state
 from launcher.plan.mesh import make_mesh
-from launcher.plan.parameters import Weight
 from launcher.recipe.schema import Cluster, Data, Model, Recipe, Source, Strategy, Train
 
 LLAMA = {
@@ -72,28 +70,10 @@ def _fields(made: Recipe) -> dict:
     return {name: getattr(made, name) for name in made.__dataclass_fields__}
 
 
-def test_unknown_architecture_leaves_parameters_and_memory_null_and_says_why():
+def test_unknown_architecture_leaves_parameters_memory_and_traffic_null_and_says_why():
     plan = make_plan(Recipe(**{**_fields(recipe()), "model": Model(config={"model_type": "mamba"})}))
-    assert (plan.parameters, plan.memory) == (None, None)
+    assert (plan.parameters, plan.memory, plan.traffic) == (None, None, None)
     assert "mamba" in plan.parameters_note
-
-
-def test_sharded_memory_counts_the_fullest_rank_where_rows_do_not_divide():
-    found = [Weight((301, 4)), Weight((3,), times=2)]
-    memory = model_state(found, Mesh(1, 2), "bf16")
-    elements = 151 * 4 + 2 * 2
-    assert (memory.weights, memory.gradients, memory.moments) == (2 * elements, 2 * elements, 4 * elements)
-    assert model_state(found, Mesh(2, 1), "fp32").weights == 4 * (301 * 4 + 6)
-
-
-def test_model_state_larger_than_the_gpu_is_a_problem_with_the_need_named():
-    small = recipe(kind="ddp")
-    small.cluster.gpu_memory_gib = 0.001
-    problems = list(memory_problems(small, make_plan(small)))
-    assert [p.key for p in problems] == ["cluster.gpu_memory_gib"]
-    assert "fsdp2" in problems[0].fix
-    small.cluster.gpu_memory_gib = 1
-    assert not list(memory_problems(small, make_plan(small)))
 
 
 def test_plan_imports_nothing_heavy():
