@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from launcher.export.consolidate import write_tensors
 from launcher.export.describe import write_tokenizer
 from launcher.export.weights import Weights
 from launcher.recipe.schema import Recipe
+from launcher.run.files import write_atomic
 from launcher.trainer.adapters import endings, lora_config, target_layers
 
 PREFIX = "base_model.model."  # what peft's wrapper puts before a parameter's name
@@ -34,7 +36,8 @@ def write_adapter(recipe: Recipe, lm: Any, weights: Weights, folder: Path, *, re
         inference_mode=True,
         fan_in_fan_out=all(type(modules[name]).__name__ == "Conv1D" for name in chosen),
     )
-    config.save_pretrained(str(folder))
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    write_atomic(folder / "adapter_config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     shapes = {PREFIX + name: tensor for name, tensor in weights.shapes.items()}
     write_tensors(folder / "adapter_model.safetensors", shapes, lambda name: weights.load(name.removeprefix(PREFIX)))
     write_tokenizer(recipe, folder)

@@ -234,6 +234,12 @@ def test_a_failure_on_the_way_leaves_neither_the_folder_nor_remains(tmp_path, mo
     assert not list(run.path.glob(".final*"))
 
 
+def test_a_run_without_an_adapter_has_nothing_to_merge(tmp_path):
+    run, _ = made_run(tmp_path, make.LLAMA)
+    with pytest.raises(UserError, match="--merge: expected a run with an adapter, this one trained every parameter"):
+        export_run(run, merge=True)
+
+
 def test_another_architecture_than_the_recipes_is_refused(tmp_path):
     run, _ = made_run(tmp_path, make.LLAMA)
     recipe = run.read_recipe()

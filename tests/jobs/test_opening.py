@@ -10,7 +10,7 @@ from launcher.errors import UserError
 from launcher.jobs.changes import identity
 from launcher.jobs.opening import open_run, stored_recipe
 from launcher.plan import make_plan
-from launcher.recipe.schema import Data, Model, Recipe, Source, Train, to_dict
+from launcher.recipe.schema import Adapter, Data, Model, Recipe, Source, Train, to_dict
 from launcher.run.directory import MARKER, RunDirectory
 from launcher.run.ledger import start_attempt
 
@@ -18,8 +18,9 @@ CONFIG = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num
           "num_attention_heads": 1, "vocab_size": 32}  # fmt: skip
 
 
-def recipe(*, config: dict | None = None, **train: object) -> Recipe:
+def recipe(*, config: dict | None = None, adapter: Adapter | None = None, **train: object) -> Recipe:
     return Recipe(
+        adapter=adapter or Adapter(),
         model=Model(config={**CONFIG, **(config or {})}, tokenizer="t"),
         data=Data(train=[Source(path="a.jsonl")], seq_len=32),
         train=Train(global_batch_size=4, **{"max_steps": 9, **train}),
@@ -46,6 +47,7 @@ def go_on(run: RunDirectory, changed: Recipe, *, force: bool = True) -> list[str
     ("changed", "words"),
     [
         (recipe(config={"hidden_size": 16}), ["model.config.hidden_size: 8 -> 16", "run.name="]),
+        (recipe(adapter=Adapter(kind="lora")), ["adapter.kind: full -> lora", "run.name="]),
         (recipe(max_steps=4), ["train.max_steps = 4", "5 steps"]),
         (recipe(max_steps=None, epochs=1.0), ["train.epochs = 1.0", "at step 3"]),  # 10 rows, 4 in a batch
     ],
