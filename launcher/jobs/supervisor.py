@@ -117,7 +117,7 @@ def ready_machine(recipe: Recipe, say: Callable[[str], None]) -> Machine:
     device, why = accelerator(recipe.cluster.accelerator, ranks)
     threads = threads_per_rank(ranks)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    warm.start()
+    warm.start(recipe.strategy.kind, device)
     say(f"{ranks} rank{'s' * (ranks > 1)} on {device}: {why}; {threads} thread{'s' * (threads > 1)} each")
     return Machine(socket.gethostname(), device, threads)
 

@@ -15,17 +15,22 @@ from typing import Any
 from launcher.jobs import scratch
 from launcher.jobs.signals import STOPPING
 from launcher.jobs.tether import PARENT
-from launcher.trainer.preload import MODULES
+from launcher.trainer.preload import modules
 
 
-def start() -> None:
+def start(kind: str = "ddp", device: str = "cpu") -> None:
     """Start the fork server, or keep the one that runs. Returns at once; it imports while the caller goes on.
+
+    `strategy.kind` and the device say what it imports.
 
     Its environment is that of this moment. Call it from the main thread: the kernel counts the death of the thread that
     started a process as the death of the parent.
     """
     assert threading.current_thread() is threading.main_thread()
-    context().set_forkserver_preload(["launcher.jobs.server", "launcher.jobs.rank", "launcher.jobs.agent", *MODULES])
+    own = ["launcher.jobs.server", "launcher.jobs.rank", "launcher.jobs.agent"]
+    context().set_forkserver_preload([*own, *modules(kind, device)])
+    if kind.startswith("zero"):
+        os.environ["DS_ACCELERATOR"] = device  # else DeepSpeed asks each kind of device in turn
     os.environ[PARENT] = str(os.getpid())
     scratch.adopt_multiprocessing()
     with _held_back(STOPPING):

@@ -23,3 +23,11 @@ MODULES: list[str] = [
     "launcher.trainer.checkpoint.manager",
     "launcher.data.batches",
 ]
+
+# DeepSpeed's import asks for its device, and a fork server that has touched a GPU could start no rank that uses one
+DEEPSPEED: list[str] = ["deepspeed", "launcher.trainer.engines.deepspeed"]
+
+
+def modules(kind: str, device: str) -> list[str]:
+    """What is imported ahead for ranks of `strategy.kind` on a `cpu` or `cuda` device."""
+    return [*MODULES, *DEEPSPEED] if kind.startswith("zero") and device == "cpu" else MODULES

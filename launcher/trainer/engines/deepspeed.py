@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from launcher.errors import UserError
 from launcher.strategy.deepspeed import config as deepspeed_config
 from launcher.trainer.engines import Fill, Precision
-from launcher.trainer.engines.base import MOMENTS, hand_out, stored_parameters
+from launcher.trainer.engines.base import MOMENTS, broadcast_parts, hand_out, stored_parameters
 from launcher.trainer.model import TrainedModel, hugging_face_name, materialise, persistent_buffers
 from launcher.trainer.objectives import Batch
 from launcher.trainer.ops import BUILD, load_op, op_is_built
@@ -149,9 +149,9 @@ class ZeroEngine:
 
     def parameter_shapes(self) -> dict[str, dict[str, Any]]:
         """See Engine."""
-        out = {}
+        out, master = {}, self.flats()[0].dtype
         for name, t in [*stored_parameters(self.module, self.store_frozen), *persistent_buffers(self.module)]:
-            shape, dtype = getattr(t, "ds_shape", t.shape), torch.float32 if t.requires_grad else t.dtype
+            shape, dtype = getattr(t, "ds_shape", t.shape), master if t.requires_grad else t.dtype
             out[hugging_face_name(name)] = {
                 "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "trainable": t.requires_grad,
             }  # fmt: skip
@@ -180,10 +180,12 @@ class ZeroEngine:
             self.zero.checkpoint_event_prologue()
         for name, p in self.module.named_parameters():
             if p.requires_grad:
-                full = _from_reader(name, p, weights, dtype=torch.float32, device=self.device)
-                if span := self.span(p):
-                    flat, at, start, length = span
-                    flat.data[at : at + length].copy_(full[start : start + length])
+                flat, at, start, length = self.span(p) or (self.flats()[0], 0, 0, 0)
+                mine = flat.detach()[at : at + length]
+                for begin, part in _from_reader(name, p, weights, dtype=torch.float32, device=self.device):
+                    low, high = max(begin, start), min(begin + part.numel(), start + length)
+                    if low < high:
+                        mine[low - start : high - start].copy_(part[low - begin : high - begin])
         self.refresh()
 
     def _take_over_loss_scale(self) -> None:
@@ -374,8 +376,7 @@ def _partition(
             if id(p) not in made:
                 new = nn.Parameter(torch.empty(p.shape, dtype=compute, device=device), requires_grad=p.requires_grad)
                 if not p.requires_grad and fill != "none":
-                    full = _from_reader(names[id(p)], p, weights, dtype=compute, device=device)
-                    new.data.copy_(full.view(p.shape))
+                    _copy_from_reader(names[id(p)], new, weights, device=device)
                 init._convert_to_deepspeed_param(new)
                 new.partition()  # type: ignore[attr-defined]
                 made[id(p)] = new
@@ -396,19 +397,20 @@ def mark_expert_blocks(deepspeed: Any, module: nn.Module) -> list[str]:
 
 def _fill_buffers(module: nn.Module, weights: dict[str, Tensor] | None, device: torch.device) -> None:
     for name, buffer in persistent_buffers(module):
-        buffer.view(-1).copy_(_from_reader(name, buffer, weights, dtype=buffer.dtype, device=device))
+        _copy_from_reader(name, buffer, weights, device=device)
+
+
+def _copy_from_reader(name: str, out: Tensor, weights: dict[str, Tensor] | None, *, device: torch.device) -> None:
+    for start, part in _from_reader(name, out, weights, dtype=out.dtype, device=device):
+        out.detach().view(-1)[start : start + part.numel()].copy_(part)
 
 
 def _from_reader(
     name: str, like: Tensor, weights: dict[str, Tensor] | None, *, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Rank 0's tensor of this name, flattened, on every rank; rank 0 lets go of it."""
-    if weights is not None:
-        full = weights.pop(hugging_face_name(name)).to(device=device, dtype=dtype).contiguous().view(-1)
-    else:
-        full = torch.empty(math.prod(getattr(like, "ds_shape", like.shape)), dtype=dtype, device=device)
-    dist.broadcast(full, src=0)
-    return full
+) -> Iterator[tuple[int, Tensor]]:
+    """Rank 0's tensor of this name in parts, on every rank; rank 0 lets go of it."""
+    full = weights.pop(hugging_face_name(name)) if weights is not None else None
+    return broadcast_parts(full, math.prod(getattr(like, "ds_shape", like.shape)), dtype=dtype, device=device)
 
 
 def _share(p: Any) -> tuple[int, int]:
