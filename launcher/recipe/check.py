@@ -91,6 +91,7 @@ RULES: tuple[Rule, ...] = (
     sizes.groups,
     sizes.checkpoints,
     together.precision,
+    together.blocks,
     together.kernels,
     together.adapter,
     together.deepspeed,

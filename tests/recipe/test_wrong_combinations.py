@@ -321,6 +321,11 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "model.compile",
         ["true: expected false with zero3", "use strategy.kind=fsdp2"],
     ),
+    "blocks of zero3 recomputed in part": (
+        zero(3, "model.gradient_checkpointing=selective"),
+        "model.gradient_checkpointing",
+        ["selective: expected none, full or offload with zero3", "Write full."],
+    ),
     "compiled blocks of zero1": (zero(1, "model.compile=true"), "model.compile", ["expected false with zero1"]),
     # adapters
     "rank without an adapter": (
@@ -400,7 +405,7 @@ GOOD_COMBINATIONS = [
     ["strategy=zero3", "strategy.offload.params=cpu"],
     ["strategy=zero3", "strategy.offload={optimizer: nvme, nvme_path: /disk}"],
     ["strategy=zero2", "strategy.deepspeed={zero_optimization: {round_robin_gradients: true}}"],
-    ["strategy=zero2", "model.dtype=bf16"],
+    ["strategy=zero2", "model.dtype=bf16", "model.gradient_checkpointing=selective"],
     ["model.compile=true", "adapter.kind=lora", "model.dtype=bf16"],
     ["strategy.prefetch=2", "strategy.reshard_after_forward=false"],
     ["adapter={kind: lora, rank: 8, alpha: 16, dropout: 0.1, targets: [q_proj]}", "checkpoint.store_frozen=true"],

@@ -58,13 +58,22 @@ def _quantized_gradients(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-def kernels(recipe: Recipe) -> Iterator[Problem]:
-    """Liger's kernels are for architectures it knows, compiled blocks for engines that leave them alone."""
-    kind, family = recipe.strategy.kind, _config(recipe).get("model_type")
-    if recipe.model.compile and kind.startswith("zero"):
+def blocks(recipe: Recipe) -> Iterator[Problem]:
+    """Compiling decoder blocks, or recomputing parts of them, is for engines that do not hook into their layers."""
+    model, kind = recipe.model, recipe.strategy.kind
+    if model.compile and kind.startswith("zero"):
         expected = f"false with {kind}: only blocks of ddp and fsdp2 are compiled, DeepSpeed hooks into each layer"
         fix = "Remove the key, or use strategy.kind=fsdp2."
         yield Problem("model.compile", True, expected, fix, because=("strategy.kind",))
+    if model.gradient_checkpointing == "selective" and kind == "zero3":
+        # what is recomputed is matched with the forward pass operation by operation, gathers of weights included
+        expected = "none, full or offload with zero3, which gathers weights at other times in the backward pass"
+        yield Problem("model.gradient_checkpointing", "selective", expected, "Write full.", because=("strategy.kind",))
+
+
+def kernels(recipe: Recipe) -> Iterator[Problem]:
+    """Liger's kernels are for architectures it knows."""
+    family = _config(recipe).get("model_type")
     if recipe.model.liger is True and isinstance(family, str) and family not in LIGER_MODELS:
         expected = f"auto or false: liger-kernel has nothing for model_type {family}"
         because = ("model.name", "model.config")
