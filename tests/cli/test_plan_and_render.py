@@ -29,18 +29,32 @@ def test_plan_as_json_is_the_documented_object_and_reads_back():
     assert [field for field in printed if field not in documented] == []
 
 
-def test_plan_as_a_table_says_ranks_batch_and_model_state():
+def test_plan_as_a_table_says_ranks_batch_memory_and_traffic():
     text = call(plan, RECIPE, "cluster.nproc_per_node=4", "train.global_batch_size=16").stdout
     assert "4 = 1 x 4" in text
     assert "16 rows = 4 ranks x 1 a forward x 4 forwards" in text
     assert "11,798,976" in text
-    assert "MiB on each rank" in text
+    assert "MiB on the fullest rank: unchecked: cluster.gpu_memory_gib is null" in text
+    for part in ("weights", "gradients", "moments", "gathered", "activations", "logits"):
+        assert f"\n  {part} " in text
+    assert "tokens of a rank at 400 GB/s" in text
+
+
+def test_plan_says_how_much_of_the_gpu_is_left_what_learns_and_what_is_recomputed():
+    text = call(
+        plan, RECIPE, "cluster.accelerator=cuda", "cluster.gpu_memory_gib=24", "adapter.kind=lora",
+        "model.gradient_checkpointing=full",
+    ).stdout  # fmt: skip
+    assert "of 24 GiB left" in text
+    assert " trained (lora)" in text
+    assert " recomputed" in text
 
 
 def test_plan_of_a_model_that_is_not_here_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     text = call(plan, GPU_RECIPE).stdout
     assert "parameters     unknown: meta-llama/Llama-3.1-8B is neither a folder" in text
+    assert "memory         unchecked" in text
 
 
 def test_render_prints_every_file_whole_and_writes_nothing(tmp_path, monkeypatch):
