@@ -102,8 +102,11 @@ def _batch(recipe: Recipe, world_size: int) -> Iterator[tuple[str, tuple[Any, st
 def _loop(recipe: Recipe) -> Iterator[tuple[str, tuple[Any, str]]]:
     norm = recipe.train.max_grad_norm
     yield "gradient_clipping", (norm or 0.0, "train.max_grad_norm" if norm else "train.max_grad_norm is null: never")
-    yield "zero_allow_untested_optimizer", (True, "torch's AdamW is made by the trainer and handed over")
-    yield "zero_force_ds_cpu_optimizer", (False, "that AdamW also updates what is offloaded; nothing is compiled")
+    yield "zero_allow_untested_optimizer", (True, "the optimizer is made by the trainer and handed over")
+    yield (
+        "zero_force_ds_cpu_optimizer",
+        (False, "that optimizer also updates what is offloaded; nothing is compiled here"),
+    )
     yield "steps_per_print", (NEVER, "the trainer writes the figures")
     yield "wall_clock_breakdown", (False, "its timers make the host wait for the device in each step")
     yield "timers.throughput.enabled", (False, "likewise; the trainer measures without waiting")

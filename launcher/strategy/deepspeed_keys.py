@@ -155,7 +155,7 @@ def _contradiction(recipe: Recipe, key: str, value: Any) -> Problem | None:
             setting = f"strategy.offload.{which}=cpu" if which else "strategy.offload.optimizer=nvme"
             because = ("strategy.offload.optimizer", "strategy.offload.params")
             return Problem(
-                at, _shown(value), "nothing where nothing is offloaded to it", f"Set {setting}.", "", because
+                at, _shown(value), "nothing while nothing is offloaded to it", f"Set {setting}.", "", because
             )
     return None
 
