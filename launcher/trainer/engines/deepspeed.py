@@ -7,6 +7,7 @@ host: each step reads the norm of the gradient once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import itertools
@@ -14,12 +15,13 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from launcher.errors import UserError
 from launcher.strategy.deepspeed import config as deepspeed_config
@@ -258,6 +260,8 @@ def build(
         engine = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
     if hasattr(engine.optimizer, "loss_scaler"):
         engine.optimizer.loss_scaler.update_scale = lambda overflow: None  # what was dropped is reported by the loop
+    if recipe.strategy.kind == "zero3" and recipe.model.gradient_checkpointing == "selective":
+        _hide_gathers(engine.optimizer.parameter_offload)
     built = ZeroEngine(recipe, module, engine, device=device, compute=compute)
     if fill == "all":
         built.fill(weights)
@@ -393,6 +397,23 @@ def mark_expert_blocks(deepspeed: Any, module: nn.Module) -> list[str]:
     if blocks:
         deepspeed.utils.set_z3_leaf_modules(module, list(blocks))
     return sorted(block.__name__ for block in blocks)
+
+
+def _hide_gathers(offload: Any) -> None:
+    """Selective recomputation matches operations of the two forward passes one by one; those by which ZeRO-3 gathers
+    weights differ between them, so they are kept from its sight."""
+
+    def hidden(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+
+        return call
+
+    for when in ("pre", "post"):
+        name = f"{when}_sub_module_forward_function"
+        setattr(offload, name, hidden(getattr(offload, name)))
 
 
 def _fill_buffers(module: nn.Module, weights: dict[str, Tensor] | None, device: torch.device) -> None:
