@@ -73,12 +73,12 @@ def trained(run: RunDirectory) -> Any:
     weights = model.read_weights(recipe.model, config, seed=recipe.train.seed, adapter=recipe.adapter)
     folder = valid_checkpoints(run)[-1].path
     reader = Reader(folder, read_manifest(folder))
-    lm = AutoModelForCausalLM.from_config(config, dtype=model.DTYPES[recipe.model.dtype]).eval()
+    lm = AutoModelForCausalLM.from_config(config, dtype=model.DTYPES[recipe.model.dtype])
     adapters.inject(lm, recipe.adapter)
     for name, p in lm.named_parameters():
         name = hugging_face_name(name)
         p.data.copy_(reader.read(name) if p.requires_grad else weights[name])
-    return lm
+    return lm.eval()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "random"])
