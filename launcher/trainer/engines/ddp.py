@@ -68,6 +68,7 @@ def build(
     materialise(module, device)
     hand_out(module, weights, device, fill=fill)
     if recipe.model.compile:
+        torch._dynamo.config.optimize_ddp = False  # would cut blocks at buckets, and cannot where one is recomputed
         for block in module.blocks():
             compile_block(block)
     # every rank was given the same weights above, so DDP need not send them again; buffers never change
