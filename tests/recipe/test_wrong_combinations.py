@@ -19,6 +19,7 @@ from tests.recipe.make import GOOD, loaded, write
 
 TWO_NODES = ["cluster.nodes=2", "cluster.nproc_per_node=8", "train.global_batch_size=16"]
 NODE8 = ["cluster.nproc_per_node=8"]
+FP16_LINKS = "strategy.deepspeed.communication_data_type=fp16"
 CPU = ["cluster.accelerator=cpu"]
 TIED = "model={config: {model_type: gpt_bigcode, tie_word_embeddings: true}, tokenizer: a/b}"
 
@@ -143,7 +144,7 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         ["true: expected false (the default) with fsdp2: only zero3 reads it"],
     ),
     "ZeRO++ gradients with zero1": (
-        [*TWO_NODES, "train.precision=fp16", *zero(1, "strategy.zero.quantized_gradients=true")],
+        [*TWO_NODES, FP16_LINKS, *zero(1, "strategy.zero.quantized_gradients=true")],
         "strategy.zero.quantized_gradients",
         ["only zero3 reads it"],
     ),
@@ -163,7 +164,7 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         ["with ddp: only fsdp2 reads it"],
     ),
     "prefetched blocks with zero3": (zero(3, "strategy.prefetch=2"), "strategy.prefetch", ["only fsdp2 reads it"]),
-    "DeepSpeed's keys with fsdp2": (["strategy.deepspeed={dump_state: true}"], "strategy.deepspeed", ["fsdp2"]),
+    "DeepSpeed's keys with fsdp2": (["strategy.deepspeed={dump_state: true}"], "strategy.deepspeed", ["with fsdp2: only"]),
     # DeepSpeed's own keys
     "key that DeepSpeed does not know": (
         zero(2, "strategy.deepspeed={zero_optimization: {round_robin_gradient: true}}"),
@@ -278,13 +279,13 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "model.dtype",
         ["bf16: expected fp32 with adapters and zero2", "Write fp32: with train.precision=bf16"],
     ),
-    "gradients in 4 bit from bf16": (
-        [*TWO_NODES, "train.precision=bf16", *zero(3, "strategy.zero.quantized_gradients=true")],
+    "gradients in 4 bit that do not travel in fp16": (
+        [*TWO_NODES, *zero(3, "strategy.zero.quantized_gradients=true")],
         "strategy.zero.quantized_gradients",
-        ["false with train.precision = bf16: DeepSpeed reads gradients of other types as fp16"],
+        ["true: expected false unless gradients travel in fp16", "strategy.deepspeed.communication_data_type=fp16"],
     ),
     "gradients in 4 bit inside a node": (
-        [*NODE8, "train.precision=fp16", *zero(3, "strategy.zero.quantized_gradients=true")],
+        [*NODE8, FP16_LINKS, *zero(3, "strategy.zero.quantized_gradients=true")],
         "strategy.zero.quantized_gradients",
         ["expected false on one node"],
     ),
@@ -396,7 +397,7 @@ GOOD_COMBINATIONS = [
     [*NODE8, "strategy=hsdp", "strategy.reshard_after_forward=4"],
     [*TWO_NODES, "strategy=hsdp"],
     [*TWO_NODES, "strategy=zeropp"],
-    [*TWO_NODES, "strategy=zeropp", "strategy.zero.quantized_gradients=true", "train.precision=fp16"],
+    [*TWO_NODES, "strategy=zeropp", "strategy.zero.quantized_gradients=true", FP16_LINKS],
     [*TWO_NODES, "strategy=zero3", "strategy.zero.hpz_partition_size=16"],
     ["strategy=zero3", "strategy.zero={param_persistence_threshold: 0, prefetch_bucket_size: 0}"],
     ["strategy=zero1", "strategy.zero={reduce_bucket_size: 1000, allgather_bucket_size: 1000, overlap_comm: false}"],

@@ -45,17 +45,16 @@ def precision(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _quantized_gradients(recipe: Recipe) -> Iterator[Problem]:
-    train, zero = recipe.train, recipe.strategy.zero
-    if zero.quantized_gradients and train.precision != "fp16":
-        # DeepSpeed 0.19 hands gradients of any type to kernels that read fp16 (csrc/quantization/pt_binding.cpp)
-        expected = f"false with train.precision = {train.precision}: DeepSpeed reads gradients of other types as fp16"
-        fix = "Remove the key, or write train.precision=fp16."
-        yield Problem("strategy.zero.quantized_gradients", True, expected, fix, because=("train.precision",))
-    elif zero.quantized_gradients and recipe.cluster.nodes == 1:
+    """DeepSpeed 0.19 hands gradients of any type to kernels that read fp16 (csrc/quantization/pt_binding.cpp)."""
+    strategy = recipe.strategy
+    if strategy.zero.quantized_gradients and strategy.deepspeed.get("communication_data_type") != "fp16":
+        expected = "false unless gradients travel in fp16, the one type that DeepSpeed's kernels read rightly"
+        fix = "Write strategy.deepspeed.communication_data_type=fp16, or remove the key."
+        yield Problem("strategy.zero.quantized_gradients", True, expected, fix, because=("strategy.deepspeed",))
+    elif strategy.zero.quantized_gradients and recipe.cluster.nodes == 1:
         expected = "false on one node, where DeepSpeed reduces gradients as they are"
-        yield Problem(
-            "strategy.zero.quantized_gradients", True, expected, "Remove the key.", because=("cluster.nodes",)
-        )
+        because = ("cluster.nodes",)
+        yield Problem("strategy.zero.quantized_gradients", True, expected, "Remove the key.", because=because)
 
 
 def blocks(recipe: Recipe) -> Iterator[Problem]:
@@ -96,7 +95,7 @@ def adapter(recipe: Recipe) -> Iterator[Problem]:
 
 def deepspeed(recipe: Recipe) -> Iterator[Problem]:
     """What DeepSpeed itself cannot do, and what may not be laid over its configuration."""
-    if recipe.strategy.kind.startswith("zero") or recipe.strategy.deepspeed:
+    if recipe.strategy.kind.startswith("zero"):
         from launcher.strategy.deepspeed import problems
 
         yield from problems(recipe)

@@ -40,8 +40,8 @@ class Zero:
     hpz_partition_size: ZeRO++: ranks that hold a second copy of the shards among them, usually those of a node;
         1: none (zero3)
     quantized_weights: ZeRO++: gather weights in 8 bit (zero3, on GPUs)
-    quantized_gradients: ZeRO++: reduce gradients in 4 bit across nodes (zero3; with train.precision fp16 alone, for
-        DeepSpeed reads gradients of any other type as fp16)
+    quantized_gradients: ZeRO++: reduce gradients in 4 bit across nodes (zero3, with
+        strategy.deepspeed.communication_data_type fp16: DeepSpeed reads any other type as fp16)
     leaf_modules: classes gathered whole, as blocks of experts must be; null: chosen by architecture (zero3)
     """
 
@@ -116,6 +116,7 @@ _READ_BY = {  # the strategies that read a key; with any other it must hold its 
     "zero.quantized_weights": _ZERO3,
     "zero.quantized_gradients": _ZERO3,
     "zero.leaf_modules": _ZERO3,
+    "deepspeed": _ZERO,
 }
 _ON_GPU = ("none",), "which keeps whole copies in GPU memory"
 _WHOLE = ("none",), "which keeps the weights whole on each rank"
