@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,3 +141,44 @@ def test_adapters_keep_what_lies_between_their_matrices_and_with_dropout_a_copy_
     assert adapter_bytes(found, FLASH, dropout=0.1, layers=2) == plain + 3 * (64 + 160)
     rounded = Arithmetic(compute=2, weight=4, autocast=True)
     assert adapter_bytes(found, rounded, dropout=0.0, layers=2) == plain + 2 * (64 + 160)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_a_recomputed_block_keeps_what_lives_on_after_its_forward_pass(mode, compute):
+    width = 4 if compute == "fp32" else 2
+    two, three = (bytes_alive_after_forward(layers, mode, compute) for layers in (2, 3))
+    size, how = sizes(config_of("llama")), Arithmetic(compute=width, weight=width)
+    told = kept_bytes(size, how, mode, tokens=TOKENS, seq_len=TOKENS)
+    more = kept_bytes(replace(size, layers=3), how, mode, tokens=TOKENS, seq_len=TOKENS) - told
+    assert three - two == more + RANDOM_STATE
+
+
+RANDOM_STATE = 5056  # bytes that torch keeps of its generator for each recomputed block, on the host
+
+
+def bytes_alive_after_forward(layers: int, mode: str, compute: str) -> int:
+    """Bytes of all tensors that a forward pass leaves behind."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from launcher.trainer import activations
+
+    made = AutoConfig.for_model(**{**config_of("llama"), "num_hidden_layers": layers})
+    dtype = torch.float32 if compute == "fp32" else torch.bfloat16
+    lm = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation="sdpa").train()
+    activations.apply(SimpleNamespace(lm=lm, blocks=lambda: list(lm.model.layers)), mode)  # type: ignore[arg-type]
+    positions = torch.arange(TOKENS)[None]
+    before = _storages()
+    kept = lm.base_model(input_ids=positions + 1, position_ids=positions, attention_mask=None, use_cache=False)
+    found = sum(size for place, size in _storages().items() if place not in before)
+    del kept
+    return found
+
+
+def _storages() -> dict[int, int]:
+    import torch
+
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}

@@ -9,6 +9,7 @@ import pytest
 
 from launcher.plan import Memory, make_plan
 from launcher.plan.memory import GIB, flat_groups, rows_share
+from launcher.plan.mesh import Mesh
 from launcher.plan.parameters import Weight
 from launcher.recipe.schema import Adapter, Cluster, Data, Model, Recipe, Source, Strategy, Train
 from tests.ranks import run_ranks
@@ -264,3 +265,23 @@ def test_rows_are_dealt_by_the_first_dimension_and_flat_groups_are_padded_to_twi
         1206 - 1206 % 6 + 0,
         6,
     ]
+
+
+def test_sizes_that_zero_chooses_are_those_of_the_configuration_it_is_given():
+    from launcher.plan import architecture, memory
+    from launcher.strategy import deepspeed
+
+    made = recipe(kind="zero3")
+    known = architecture(made)
+    assert known is not None
+    job = memory.Job.of(made, *known, Mesh(1, 8))
+    told = deepspeed.config(made, world_size=8, device="cuda", precision="bf16")["zero_optimization"]
+    largest = 128256 * 4096
+    assert told["reduce_bucket_size"] == memory._bucket(job)
+    assert told["stage3_param_persistence_threshold"] == memory.persistent(job)
+    assert told["stage3_max_live_parameters"] == memory._live(job)
+    made.strategy.zero.max_live_parameters = 0
+    assert told["stage3_prefetch_bucket_size"] + largest == memory._live(job)
+    for accelerator, dtype, precision in (("cpu", "fp32", "auto"), ("auto", "bf16", "auto"), ("cuda", "fp32", "fp16")):
+        made.cluster.accelerator, made.model.dtype, made.train.precision = accelerator, dtype, precision  # type: ignore[assignment]
+        assert memory.planned_precision(made) == deepspeed.planned_precision(made)[0]
