@@ -164,7 +164,7 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         ["with ddp: only fsdp2 reads it"],
     ),
     "prefetched blocks with zero3": (zero(3, "strategy.prefetch=2"), "strategy.prefetch", ["only fsdp2 reads it"]),
-    "DeepSpeed's keys with fsdp2": (["strategy.deepspeed={dump_state: true}"], "strategy.deepspeed", ["with fsdp2: only"]),
+    "DeepSpeed's keys with fsdp2": (["strategy.deepspeed={dump_state: true}"], "strategy.deepspeed", ["fsdp2: only"]),
     # DeepSpeed's own keys
     "key that DeepSpeed does not know": (
         zero(2, "strategy.deepspeed={zero_optimization: {round_robin_gradient: true}}"),
