@@ -50,6 +50,10 @@ CASES = {
     "another trainer's name": line(
         "checkpoint: {save_steps: 5}\n", "checkpoint.save_steps", "Did you mean checkpoint.every_steps?"
     ),
+    "another trainer's name of an adapter's key": arg(
+        "adapter.lora_r=8", "adapter.lora_r", "Did you mean adapter.rank?"
+    ),
+    "another trainer's stage": line("zero_stage: 2\n", "zero_stage", "Did you mean strategy.kind?"),
     "accumulation": arg(
         "train.gradient_accumulation_steps=4", "train.gradient_accumulation_steps", "train.global_batch_size"
     ),
