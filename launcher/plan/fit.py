@@ -33,7 +33,7 @@ class Change:
     cost: str = ""
 
     def __str__(self) -> str:
-        return " ".join(f"{key}={_argument(value)}" for key, value in self.keys)
+        return " ".join(f"{key}={show_value(value)}" for key, value in self.keys)
 
 
 def memory_problems(recipe: Recipe, plan: Plan) -> Iterator[Problem]:
@@ -112,18 +112,24 @@ def _advice(recipe: Recipe, config: Config, found: list[Weight], *, limit: float
 
 
 def _with(recipe: Recipe, change: Change, config: Config, found: list[Weight]) -> Memory | None:
-    """Memory after a change; None where its numbers do not divide."""
+    """Memory after a change; None where its numbers do not divide, or its keys do not go together."""
     changed = applied(recipe, change)
-    train, strategy, world = changed.train, changed.strategy, world_size(changed)
-    if change.keys and train.global_batch_size % (train.micro_batch_size * world):
+    if change.keys and not _stands(changed):
         return None
-    mesh = make_mesh(changed)
-    if mesh.replicate * mesh.shard != world:
-        return None
-    group = strategy.reshard_after_forward
-    if not isinstance(group, bool) and mesh.shard % group:
-        return None
-    return estimate(changed, config, found, mesh)
+    return estimate(changed, config, found, make_mesh(changed))
+
+
+def _stands(recipe: Recipe) -> bool:
+    """Whether the rules of a recipe that the changes could break still hold; `tests/plan/test_fit.py` asks them all."""
+    train, strategy, model, world = recipe.train, recipe.strategy, recipe.model, world_size(recipe)
+    mesh, group, zero = make_mesh(recipe), strategy.reshard_after_forward, strategy.kind.startswith("zero")
+    return (
+        train.global_batch_size % (train.micro_batch_size * world) == 0
+        and mesh.replicate * mesh.shard == world
+        and (isinstance(group, bool) or mesh.shard % group == 0)
+        and not (strategy.kind == "zero3" and model.gradient_checkpointing == "selective")
+        and not (zero and model.dtype == "bf16" and strategy.offload.optimizer != "none")
+    )
 
 
 def _rows(recipe: Recipe) -> list[Change]:
@@ -147,14 +153,10 @@ def _recomputation(recipe: Recipe) -> list[Change]:
 def _sharding(recipe: Recipe) -> list[Change]:
     """Further apart: more of the state on other ranks, for more traffic."""
     strategy, world = recipe.strategy, world_size(recipe)
-    kind: tuple[str, Any]
     if world == 1:
         return []
     if strategy.kind == "ddp":
-        kind = ("strategy.kind", "fsdp2")
-        copies = (("strategy.replicate", None),) if strategy.replicate is not None else ()
-        ones = (("strategy.shard", None),) if strategy.shard is not None else ()
-        return [Change((kind, *copies, *ones), 4, "weights travel too, half as much traffic again")]
+        return [Change(_to_fsdp2(recipe), 4, "weights travel too, half as much traffic again")]
     if strategy.kind != "fsdp2":
         further = {"zero1": ("zero2", "zero3"), "zero2": ("zero3",), "zero3": ()}[strategy.kind]
         costs = {"zero2": (3, "gradients are reduced after each forward pass"), "zero3": (5, "weights travel too")}
@@ -174,8 +176,13 @@ def _sharding(recipe: Recipe) -> list[Change]:
     return [Change(pairs, 3 + i, "more traffic between ranks") for i, pairs in enumerate(keys)]
 
 
+def _to_fsdp2(recipe: Recipe) -> tuple[tuple[str, Any], ...]:
+    axes = [key for key in ("replicate", "shard") if getattr(recipe.strategy, key) is not None]
+    return (("strategy.kind", "fsdp2"), *((f"strategy.{key}", None) for key in axes))
+
+
 def _offload(recipe: Recipe) -> list[Change]:
-    """State to host memory. With ddp it comes with the change to fsdp2, which has no half way."""
+    """State to host memory; ddp has to become fsdp2 for it, which does so also on one rank."""
     strategy = recipe.strategy
     offload = strategy.offload
     optimizer, params = ("strategy.offload.optimizer", "cpu"), ("strategy.offload.params", "cpu")
@@ -183,8 +190,7 @@ def _offload(recipe: Recipe) -> list[Change]:
     if strategy.kind in ("ddp", "fsdp2"):
         if offload.params != "none":
             return []
-        both: tuple[tuple[str, Any], ...] = (optimizer, params)
-        return [Change(both, 20, slow)]
+        return [Change((*(_to_fsdp2(recipe) if strategy.kind == "ddp" else ()), optimizer, params), 20, slow)]
     changes = []
     if offload.optimizer == "none":
         changes.append(Change((optimizer,), 15, slow))
@@ -199,7 +205,3 @@ def _nodes(recipe: Recipe) -> list[Change]:
         Change((("cluster.nodes", nodes * times),), 30 + 2 * times, f"{times} times the machines")
         for times in (2, 4, 8, 16)
     ]  # fmt: skip
-
-
-def _argument(value: Any) -> str:
-    return show_value(value)
