@@ -104,14 +104,8 @@ _STATES = {
 
 def check_overlay(recipe: Recipe) -> Iterator[Problem]:
     """What is wrong with `strategy.deepspeed`: keys unknown to DeepSpeed, wrong types, contradictions of the recipe."""
-    strategy = recipe.strategy
-    if strategy.deepspeed and not strategy.kind.startswith("zero"):
-        yield Problem(
-            "strategy.deepspeed", _shown(strategy.deepspeed), f"nothing with {strategy.kind}, which is not DeepSpeed's",
-            "Use strategy.kind=zero2, or remove the key.", because=("strategy.kind",),
-        )  # fmt: skip
-        return
-    yield from _section(recipe, strategy.deepspeed, known()["keys"], "")
+    if recipe.strategy.deepspeed and recipe.strategy.kind.startswith("zero"):  # any other is refused by its section
+        yield from _section(recipe, recipe.strategy.deepspeed, known()["keys"], "")
 
 
 @functools.cache
