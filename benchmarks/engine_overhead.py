@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 SEQ_LEN = 256
 CONFIG: dict[str, Any] = {
@@ -39,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=12, help="measurements of each, alternating")
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of one measurement")
-    parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp", help="strategy.kind of ours")
+    parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp", help="of ours; fsdp2: of both")
     parser.add_argument(
         "--threads", type=int, default=1, help="of the arithmetic; more only wait for each other if busy"
     )
@@ -115,7 +117,15 @@ class HandWritten:
         self.model.load_state_dict(
             model.read_weights(recipe.model, model.load_config(recipe.model), seed=recipe.train.seed), strict=False
         )
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, fused=True, weight_decay=0.0)
+        if recipe.strategy.kind == "fsdp2":
+            mesh = init_device_mesh("cpu", (1,))
+            for block in self.model.model.layers:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+        betas, eps = (recipe.optimizer.betas[0], recipe.optimizer.betas[1]), recipe.optimizer.eps
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LR, betas=betas, eps=eps, fused=True, weight_decay=0.0
+        )
         store = Store.open(run.path.parent / "packed")
         batches = Batches(
             store, seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size,
