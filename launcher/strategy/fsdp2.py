@@ -23,7 +23,7 @@ def settings(recipe: Recipe, plan: Plan) -> Explained:
         "mixed_precision.param_dtype": (compute, why),
         "mixed_precision.reduce_dtype": ("fp32", "sums over many ranks"),
         "offload": (strategy.offload.params, "strategy.offload"),
-        "gradient_sync": ("last micro-batch of a step", "the others add to whole gradients on each rank"),
+        "gradient_sync": _sync(strategy.reshard_after_forward, copies=mesh.replicate > 1),
         "compile": (recipe.model.compile, "model.compile, each decoder block before it is sharded"),
         "recompute": (recipe.model.gradient_checkpointing, "model.gradient_checkpointing"),
     }
@@ -31,6 +31,13 @@ def settings(recipe: Recipe, plan: Plan) -> Explained:
         copied = "page-locked memory is copied at full speed beside the arithmetic"
         found["pin_memory"] = (pinned, copied if pinned else "there is no GPU to copy to")
     return found
+
+
+def _sync(after: bool | int, *, copies: bool) -> tuple[str, str]:
+    if after is False:
+        return "last micro-batch of a step", "the others add to whole gradients on each rank, as weights stay gathered"
+    across = "; copies meet at the last of a step" if copies else ""
+    return "every micro-batch", f"a rank keeps its shard of the gradient alone{across}"
 
 
 def _reshard(after: bool | int) -> str:
