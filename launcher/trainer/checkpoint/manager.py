@@ -247,6 +247,8 @@ class CheckpointManager:
         )
         if differences:
             raise CheckpointError(f"{reader.folder.name} is of another model: " + "; ".join(differences))
+        if self.rank == 0 and (rounded := _rounded(stored, wanted)):
+            log.warning("%s: %s wider there than this engine keeps them; they are rounded", reader.folder.name, rounded)
         engine.ensure_state()
         for piece in engine.pieces():
             if piece.name in given and piece.name not in stored:
@@ -271,6 +273,13 @@ class CheckpointManager:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+
+def _rounded(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """`n parameters are`, of those whose type here is narrower than the one in which they are stored; empty if none."""
+    pairs = ((stored[name]["dtype"], entry["dtype"]) for name, entry in wanted.items() if name in stored)
+    count = sum(getattr(torch, there).itemsize > getattr(torch, here).itemsize for there, here in pairs)
+    return f"{count} parameter{'s are' if count > 1 else ' is'}" if count else ""
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any], limit: int = 5) -> list[str]:

@@ -117,3 +117,18 @@ def test_stored_types_convert_on_reading(tmp_path: Path):
     out = torch.empty(39)
     Reader(folder, read_manifest(folder)).read_into("low", "value", 0, out)
     assert torch.equal(out, module.low.detach().float().view(-1))
+
+
+def test_loading_into_a_narrower_type_is_said_and_into_an_equal_one_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    run, attempt = rigs.begin(tmp_path)
+    stored = rigs.FlatEngine(torch.nn.Linear(5, 3))
+    rigs.saved(rigs.manager(run, attempt), 1, stored)
+    rigs.manager(run, attempt).load_latest(rigs.FlatEngine(torch.nn.Linear(5, 3)))
+    assert not caplog.records
+    narrow = torch.nn.Linear(5, 3).bfloat16()
+    rigs.manager(run, attempt).load_latest(rigs.FlatEngine(narrow))
+    said = "step-00000001-a1: 2 parameters are wider there than this engine keeps them; they are rounded"
+    assert [record.getMessage() for record in caplog.records] == [said]
+    assert torch.equal(narrow.weight, stored.module.weight.bfloat16())
