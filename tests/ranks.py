@@ -13,7 +13,7 @@ from typing import Any
 
 _PRELOAD = [
     "torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "tests.ranks", "tests.trainer.make",
-    "pytest", "launcher.trainer.engines.ddp", "launcher.trainer.engines.fsdp2", "launcher.trainer.checkpoint.manager",
+    "pytest", "deepspeed", "launcher.trainer.engines.deepspeed", "launcher.trainer.engines.ddp", "launcher.trainer.engines.fsdp2", "launcher.trainer.checkpoint.manager",
 ]  # fmt: skip
 
 
@@ -26,6 +26,7 @@ def free_port() -> int:
 
 def context() -> Any:
     """The forkserver context all multi-process tests share."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
     ctx = multiprocessing.get_context("forkserver")
     ctx.set_forkserver_preload(_PRELOAD)
     return ctx

@@ -128,7 +128,7 @@ def weights_of(engine: Any) -> dict[str, torch.Tensor]:
     """Whole weights by Hugging Face name, fp32 masters where the engine keeps them; collective."""
     if hasattr(engine, "zero"):
         engine.ensure_state()
-        return zero_whole(engine, [flat.detach() for flat in engine.flats()])
+        return zero_whole(engine, [engine.buffers(group)["value"] for group in range(len(engine.flats()))])
     engine.reshard()
     return {hugging_face_name(n): whole(p) for n, p in engine.module.named_parameters()}
 
@@ -150,14 +150,14 @@ def zero_gradients(engine: Any) -> list[torch.Tensor]:
 
 def zero_whole(engine: Any, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Whole tensors of a ZeRO engine's trained parameters from its ranks' flat buffers; collective."""
-    out, place = {}, {id(flat): i for i, flat in enumerate(engine.flats())}
+    out = {}
     for name, p in engine.module.named_parameters():
         if p.requires_grad:
             shape = getattr(p, "ds_shape", p.shape)
             full = torch.zeros(shape).view(-1)
             if span := engine.span(p):
-                flat, at, start, length = span
-                full[start : start + length] = flats[place[id(flat)]][at : at + length]
+                group, at, start, length = span
+                full[start : start + length] = flats[group][at : at + length]
             torch.distributed.all_reduce(full)
             out[hugging_face_name(name)] = full.view(shape)
     return out

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from launcher.errors import UserError
 from launcher.strategy.deepspeed import config as deepspeed_config
+from launcher.trainer.activations import compile_block
 from launcher.trainer.engines import Fill, Precision
 from launcher.trainer.engines.base import MOMENTS, broadcast_parts, hand_out, stored_parameters
 from launcher.trainer.model import TrainedModel, hugging_face_name, materialise, persistent_buffers
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
     from launcher.trainer.checkpoint.format import Piece
 
-Span = tuple[Tensor, int, int, int]  # flat fp32 buffer, where in it, start in the flattened parameter, length
+Span = tuple[int, int, int, int]  # flat buffer, place in it, start in the flattened parameter, length
 NAMES: dict[torch.dtype, Literal["fp32", "bf16", "fp16"]] = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
 }  # fmt: skip
@@ -60,10 +61,13 @@ class ZeroEngine:
         self.store_frozen = recipe.checkpoint.store_frozen
         self.nonfinite = torch.zeros((), dtype=torch.float64, device=device)
         self.loss_scale = LossScale.start(torch.device("cpu")) if compute == torch.float16 else None
+        self.on_nvme = recipe.strategy.offload.optimizer == "nvme"
+        self._staged: dict[int, dict[str, Tensor]] = {}  # of flat buffers on nvme, while their pieces are in use
         self._take_over_loss_scale()
 
     def forward_backward(self, batch: Batch, *, loss_scale: float, sync: bool) -> Tensor:
         """See Engine. ZeRO-1 reduces with `sync` alone, ZeRO-2 and 3 after every micro-batch, into their shards."""
+        self._staged.clear()
         self.module.train()
         self.engine.set_gradient_accumulation_boundary(sync)
         total: Tensor = self.engine(batch)
@@ -98,13 +102,18 @@ class ZeroEngine:
         """See Engine."""
         if self.stage == 3:
             self.zero.checkpoint_event_prologue()  # small parameters that stay gathered go back into their shards
-        for flat in self.flats():
-            if not self.optimizer.state[flat]:
-                zeros = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
-                step: Any = torch.zeros((), dtype=torch.float32, device=flat.device)
-                if not isinstance(self.optimizer, torch.optim.AdamW):
-                    step = 0  # DeepSpeedCPUAdam counts with an int
-                self.optimizer.state[flat] = {"step": step, **zeros}
+        for group, flat in enumerate(self.flats()):
+            if group in self._staged:
+                continue  # its copy may hold what was just loaded
+            with self._in_memory(group):
+                if not self.optimizer.state[flat]:
+                    zeros = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+                    step: Any = torch.zeros((), dtype=torch.float32, device=flat.device)
+                    if not isinstance(self.optimizer, torch.optim.AdamW):
+                        step = 0  # DeepSpeedCPUAdam counts with an int
+                    self.optimizer.state[flat] = {"step": step, **zeros}
+                if self.on_nvme:
+                    self._staged[group] = {kind: t.clone() for kind, t in self._live(group).items()}
 
     def pieces(self) -> Iterator[Piece]:
         """See Engine; call `ensure_state` first. Values are the fp32 masters."""
@@ -121,10 +130,9 @@ class ZeroEngine:
                     yield Piece(name, "value", start, p.ds_tensor.data.view(-1)[:length], 0, 1)  # type: ignore[attr-defined]
                 continue
             if span := self.span(p):
-                flat, at, start, length = span
-                yield Piece(name, "value", start, flat.detach()[at : at + length], 0, 1)
-                for kind in MOMENTS:
-                    yield Piece(name, kind, start, self.optimizer.state[flat][kind][at : at + length], 0, 1)
+                group, at, start, length = span
+                for kind, whole in self.buffers(group).items():
+                    yield Piece(name, kind, start, whole[at : at + length], 0, 1)
         for name, buffer in persistent_buffers(self.module):
             yield Piece(hugging_face_name(name), "value", 0, buffer.view(-1), rank, world_size)
 
@@ -145,7 +153,10 @@ class ZeroEngine:
             self.zero.update_lp_params()
             return
         for group in range(len(self.zero.fp16_groups)):
-            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            with self._in_memory(group):
+                for kind, staged in self._staged.get(group, {}).items():
+                    self._live(group)[kind].copy_(staged)
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
         self.zero.invalidate_secondary_tensor()
         self.zero.checkpoint_event_epilogue()
 
@@ -178,12 +189,14 @@ class ZeroEngine:
 
     def fill(self, weights: dict[str, Tensor] | None) -> None:
         """Set the trained parameters' masters from rank 0's weights, in full precision, a parameter at a time."""
-        if self.stage == 3:
+        if self.on_nvme:
+            self.ensure_state()
+        elif self.stage == 3:
             self.zero.checkpoint_event_prologue()
         for name, p in self.module.named_parameters():
             if p.requires_grad:
-                flat, at, start, length = self.span(p) or (self.flats()[0], 0, 0, 0)
-                mine = flat.detach()[at : at + length]
+                group, at, start, length = self.span(p) or (0, 0, 0, 0)
+                mine = self.buffers(group)["value"][at : at + length]
                 for begin, part in _from_reader(name, p, weights, dtype=torch.float32, device=self.device):
                     low, high = max(begin, start), min(begin + part.numel(), start + length)
                     if low < high:
@@ -201,17 +214,36 @@ class ZeroEngine:
             return list(self.zero.fp32_partitioned_groups_flat)
         return [group["params"][0] for group in self.optimizer.param_groups]
 
+    def buffers(self, group: int) -> dict[str, Tensor]:
+        """Values and moments of a flat buffer, by kind; of one on nvme the copy in memory."""
+        return self._staged.get(group) or self._live(group)
+
+    def _live(self, group: int) -> dict[str, Tensor]:
+        flat = self.flats()[group]
+        state = self.optimizer.state[flat]
+        return {"value": flat.detach(), **{kind: state[kind] for kind in MOMENTS if kind in state}}
+
+    @contextlib.contextmanager
+    def _in_memory(self, group: int) -> Iterator[None]:
+        """Inside, a flat buffer and its moments can be read and written; what lies on nvme is fetched and put back."""
+        swapped = self.on_nvme and self.zero._swappable_optimizer_subgroup(group)
+        if swapped:
+            self.zero._optimizer_states_and_gradient_swap_in(group)
+        yield
+        if swapped:
+            self.zero._optimizer_states_and_gradient_swap_out(group)
+
     def span(self, p: nn.Parameter) -> Span | None:
         """Where this rank's part of a trained parameter lies; None when it has none."""
         if self.stage == 3:
             group, at, _ = self.zero.grad_position[self.zero.get_param_id(p)]
             start, length = _share(p)
-            return (self.zero.fp32_partitioned_groups_flat[group], at, start, length) if length else None
+            return (group, at, start, length) if length else None
         group, first = self._places()[id(p)]
-        flat = self.flats()[group]
-        base = flat.numel() * dist.get_rank(self.zero.real_dp_process_group[group])
-        low, high = max(first, base), min(first + p.numel(), base + flat.numel())
-        return (flat, low - base, low - first, high - low) if high > low else None
+        size = self.flats()[group].numel()
+        base = size * dist.get_rank(self.zero.real_dp_process_group[group])
+        low, high = max(first, base), min(first + p.numel(), base + size)
+        return (group, low - base, low - first, high - low) if high > low else None
 
     def _places(self) -> dict[int, tuple[int, int]]:
         """Parameter -> (group, offset in the whole group's flat buffer), ZeRO-1 and 2.
@@ -253,6 +285,9 @@ def build(
             hand_out(module, weights, device, fill="frozen")
     if fill == "all":
         _fill_buffers(module, weights, device)
+    if recipe.model.compile:
+        for block in module.blocks():
+            compile_block(block)
     optimizer = choose_optimizer(recipe, module)
     if recipe.strategy.zero.leaf_modules is None:
         mark_expert_blocks(deepspeed, module)
@@ -274,8 +309,8 @@ def load(device: torch.device) -> Any:
     Raises:
         UserError: it is not installed.
     """
+    os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
         # ranks of this node; else DeepSpeed runs a program that counts NUMA nodes, at every reduction
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -318,6 +353,11 @@ def refuse(recipe: Recipe, deepspeed: Any, *, device: torch.device, compute: tor
             f"train.precision = fp16: expected bf16 or fp32 with strategy.kind={recipe.strategy.kind} on this "
             f"{device.type}: DeepSpeed has no fp16 here. Write bf16."
         )
+    if recipe.model.compile and recipe.strategy.kind == "zero3":
+        raise UserError(
+            "model.compile = true: expected false with strategy.kind=zero3, which gathers weights by hooks on each "
+            "layer, in the middle of what would be compiled. Use fsdp2, zero1 or zero2."
+        )
     if world_size % zero.hpz_partition_size:
         raise UserError(
             f"strategy.zero.hpz_partition_size = {zero.hpz_partition_size}: expected a divisor of the {world_size} "
@@ -330,6 +370,11 @@ def refuse(recipe: Recipe, deepspeed: Any, *, device: torch.device, compute: tor
             )
         if getattr(zero, key) and not op_is_built("quantizer"):
             raise UserError(f"strategy.zero.{key} = true: needs DeepSpeed's quantizer. Run `{BUILD}` on such a node.")
+    if offload.params == "nvme" and recipe.adapter.kind != "full" and recipe.checkpoint.store_frozen:
+        raise UserError(
+            "checkpoint.store_frozen = true: expected false with strategy.offload.params=nvme, where frozen weights "
+            "are not in memory when a checkpoint is written. Write false; they are read from the base model again."
+        )
     nvme = [key for key in ("optimizer", "params") if getattr(offload, key) == "nvme"]
     needed = ["async_io"] * bool(nvme) + ["cpu_adam"] * ("optimizer" in nvme)
     if lacking := [name for name in needed if not op_is_built(name)]:
