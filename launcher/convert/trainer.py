@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ def open_trainer(path: Path, lm: nn.Module, *, optimizer: bool) -> Source:
     """
     files = _files(path)
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in files.items()}
+    whole: dict[str, Tensor] = {}
+    if _lies_otherwise(lm, shapes):
+        whole = _converted(path)
+        shapes = {name: tuple(tensor.shape) for name, tensor in whole.items()}
     title = f"transformers checkpoint {path.name}"
     state: dict[str, dict[str, Any]] = {}
     updates, why = None, f"it holds no {OPTIMIZER}"
@@ -42,8 +47,9 @@ def open_trainer(path: Path, lm: nn.Module, *, optimizer: bool) -> Source:
         updates = one_step({as_step(entry["step"]) for entry in state.values() if "step" in entry}, title)
 
     def read(name: str, kind: str) -> Tensor:
-        tensor: Tensor = files[name].get_tensor(name) if kind == "value" else state[own_name(name)][kind]
-        return tensor
+        if kind != "value":
+            return state[own_name(name)][kind]  # type: ignore[no-any-return]
+        return whole[name] if whole else files[name].get_tensor(name)  # type: ignore[no-any-return]
 
     known = frozenset(name for name in shapes if own_name(name) in state)
     return Source(
@@ -76,6 +82,30 @@ def _files(path: Path) -> dict[str, Any]:
             raise UserError(f"{path / name}: cannot be read: {error}") from error
         found |= dict.fromkeys(file.keys(), file)
     return found
+
+
+def _lies_otherwise(lm: nn.Module, names: Collection[str]) -> bool:
+    """Whether these files are cut otherwise than the architecture's memory (experts fused into one tensor)."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from launcher.trainer.model import hugging_face_name
+
+    inside = {hugging_face_name(name): p.to("meta") for name, p in lm.state_dict(keep_vars=True).items()}
+    if {own_name(name) for name in names} <= set(inside):
+        return False
+    return set(revert_weight_conversion(lm, inside)) != set(inside)
+
+
+def _converted(path: Path) -> dict[str, Tensor]:
+    """Parameters as they lie in memory, whole, converted by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    from launcher.trainer.model import named_state
+
+    try:
+        return dict(named_state(AutoModelForCausalLM.from_pretrained(path, dtype="auto")))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def _optimizer_state(file: Path, lm: nn.Module) -> tuple[dict[str, dict[str, Any]], str]:

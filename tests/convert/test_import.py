@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.cli.import_checkpoint import command
 from launcher.data.store import Store
@@ -153,6 +154,21 @@ def test_a_peft_adapter_of_the_trainer_goes_on_beside_its_base_model(folder, tra
         truth["state"][name.removeprefix("base_model.model.").replace(".default", ""), kind] = array
     require_equal(run, truth)
     require_goes_on(run, truth, folder / "packed")
+
+
+def test_experts_that_lie_otherwise_in_files_than_in_memory_are_taken_over(tmp_path):
+    words = {
+        **make.LLAMA, "model_type": "qwen3_moe", "moe_intermediate_size": 16, "num_experts": 4, "head_dim": 8,
+        "num_experts_per_tok": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**words))
+    lm.save_pretrained(tmp_path / "checkpoint-3")
+    run, _ = taken(tmp_path / "checkpoint-3", tmp_path, "experts", weights_only=True, config=words)
+    (checkpoint,) = valid_checkpoints(run)
+    stored = rigs.read_back(checkpoint.path)
+    assert any(p.dim() == 3 for p in lm.parameters()), "no fused experts, nothing to prove"
+    assert all(torch.equal(stored[name, "value"], p) for name, p in lm.named_parameters())
 
 
 def test_weights_without_optimizer_are_taken_only_when_asked_for(folder, fsdp2):
