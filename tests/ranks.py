@@ -13,7 +13,8 @@ from typing import Any
 
 _PRELOAD = [
     "torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "tests.ranks", "tests.trainer.make",
-    "pytest", "deepspeed", "launcher.trainer.engines.deepspeed", "launcher.trainer.engines.ddp", "launcher.trainer.engines.fsdp2", "launcher.trainer.checkpoint.manager",
+    "pytest", "launcher.trainer.engines.ddp", "launcher.trainer.engines.fsdp2", "launcher.trainer.checkpoint.manager",
+    "deepspeed", "launcher.trainer.engines.deepspeed",
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from launcher.errors import UserError
+from launcher.errors import UserError, nearest
 from launcher.strategy.deepspeed import config as deepspeed_config
 from launcher.trainer.activations import compile_block
 from launcher.trainer.engines import Fill, Precision
@@ -272,7 +272,7 @@ def build(
 ) -> ZeroEngine:
     """See `engines.build`."""
     deepspeed, compute = load(device), precision.compute
-    refuse(recipe, deepspeed, device=device, compute=compute)
+    refuse(recipe, deepspeed, module, device=device, compute=compute)
     settings = deepspeed_config(
         recipe, world_size=dist.get_world_size(), device="cuda" if device.type == "cuda" else "cpu",
         precision=NAMES[compute],
@@ -341,8 +341,8 @@ def _import_muon_uncompiled() -> None:
         compiler.compile = compile
 
 
-def refuse(recipe: Recipe, deepspeed: Any, *, device: torch.device, compute: torch.dtype) -> None:
-    """What DeepSpeed cannot do on this machine or with so many ranks, said before anything is built.
+def refuse(recipe: Recipe, deepspeed: Any, module: nn.Module, *, device: torch.device, compute: torch.dtype) -> None:
+    """What DeepSpeed cannot do on this machine, with this model or so many ranks, said before anything is built.
 
     Raises:
         UserError: the key, what it would need, and what to write instead.
@@ -362,6 +362,12 @@ def refuse(recipe: Recipe, deepspeed: Any, *, device: torch.device, compute: tor
         raise UserError(
             f"strategy.zero.hpz_partition_size = {zero.hpz_partition_size}: expected a divisor of the {world_size} "
             "ranks. Use the ranks of one node."
+        )
+    classes = {type(m).__name__ for m in module.modules()}
+    if unknown := [name for name in zero.leaf_modules or () if name not in classes]:
+        raise UserError(
+            f"strategy.zero.leaf_modules = {unknown[0]}: expected a class of this model's modules. "
+            f"{nearest(unknown[0], classes) or 'Write null, and it is chosen by architecture.'}"
         )
     for key in ("quantized_weights", "quantized_gradients"):
         if getattr(zero, key) and device.type != "cuda":
