@@ -136,7 +136,8 @@ def test_offload_holds_each_block_s_input_on_the_host_and_lets_go_of_it() -> Non
     def watch_put(tensor: torch.Tensor, *, first: bool) -> activations.HostCopy:
         assert tensor.shape == (2, 64, 32)
         made.append(put(tensor, first=first))
-        assert made[-1].host.data_ptr() != tensor.data_ptr()
+        host = made[-1].host
+        assert host is not None and host.data_ptr() != tensor.data_ptr()
         return made[-1]
 
     def watch_take(copy: activations.HostCopy) -> torch.Tensor:

@@ -155,8 +155,16 @@ def between(rank: int, world_size: int, store: str, changes: dict[str, Any]) -> 
     micro = [to_batch(m, backend=backend) for m in rows.micro]
     calls: list[str] = []
     originals = {name: getattr(torch.distributed, name) for name in ("all_reduce", SCATTER)}
-    for name, original in originals.items():
-        setattr(torch.distributed, name, lambda *a, _n=name, _o=original, **k: (calls.append(_n), _o(*a, **k))[1])
+
+    def watched(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in originals:
+        setattr(torch.distributed, name, watched(name))
     try:
         engine.forward_backward(micro[0], loss_scale=1.0, sync=False)
         gathered = sum(p.numel() for p in engine.module.parameters() if not hasattr(p, "to_local"))
@@ -398,6 +406,6 @@ def test_compiled_blocks_give_the_same_losses_and_the_isolation_proof_runs_them_
         ("ddp", {"model__compile": True, "model__gradient_checkpointing": "full"}),
         ("fsdp2", {"model__compile": True, "model__gradient_checkpointing": "offload"}),
     ]
-    expected, *others = run_ranks(losses_of_all, 2, store, cases, timeout_s=540)[0]
+    expected, *others = run_ranks(losses_of_all, 1, store, cases, timeout_s=540)[0]
     for (kind, changes), got in zip(cases[1:], others, strict=True):
         assert got == pytest.approx(expected, rel=1e-5), (kind, changes)
