@@ -137,7 +137,8 @@ def test_offload_holds_each_block_s_input_on_the_host_and_lets_go_of_it() -> Non
         assert tensor.shape == (2, 64, 32)
         made.append(put(tensor, first=first))
         host = made[-1].host
-        assert host is not None and host.data_ptr() != tensor.data_ptr()
+        assert host is not None
+        assert host.data_ptr() != tensor.data_ptr()
         return made[-1]
 
     def watch_take(copy: activations.HostCopy) -> torch.Tensor:
