@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.errors import show_value
+from launcher.strategy.explained import dotted
 
 # what a run is: other weights, another task, other samples or another order of them would not be the same training
 IDENTITY = (
@@ -47,22 +48,11 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
     Nor is an adapter's rank where there is no adapter.
     """
-    before, after = _flat(old), _flat(new)
+    before, after = dotted(old), dotted(new)
     keys = [*after, *(key for key in before if key not in after)]
     found = [Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
     without_effect = (*PLACE, *OF_LORA) if before.get(KIND) == after.get(KIND) == "full" else PLACE
     return [change for change in found if not _under(change.key, without_effect)]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; lists and empty dicts stay whole."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _under(key: str, roots: Sequence[str]) -> bool:
@@ -71,4 +61,4 @@ def _under(key: str, roots: Sequence[str]) -> bool:
 
 def identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The values that make a run what it is, by dotted key."""
-    return {key: value for key, value in _flat(recipe).items() if Change(key, None, None).breaks_identity}
+    return {key: value for key, value in dotted(recipe).items() if Change(key, None, None).breaks_identity}

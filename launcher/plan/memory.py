@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from launcher.plan import activations
 from launcher.plan.activations import Arithmetic
+from launcher.plan.chosen import planned_precision, zero_sizes
 from launcher.plan.mesh import Mesh
 from launcher.plan.parameters import Config, Sizes, Weight, is_tied, sizes
 from launcher.recipe.schema import Recipe
@@ -21,7 +22,6 @@ GIB = 1 << 30
 CONTEXT = GIB  # CUDA's context, cuBLAS's and the attention kernels' workspaces, and what the allocator cannot use
 CONTEXT_OF_LINKS = GIB // 2  # NCCL's buffers, where there is more than one rank
 DDP_BUCKETS = 2 * 25 * 2**20 * 2  # two of torch's 25 MiB buckets of half-precision gradients, in fp32
-ZERO_LIVE = 1_000_000_000  # strategy.zero.max_live_parameters where it is null; elements
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +100,6 @@ def estimate(recipe: Recipe, config: Config, found: Sequence[Weight], mesh: Mesh
     return Memory(**parts, total=sum(parts.values()), host=_host(job, share))
 
 
-def planned_precision(recipe: Recipe) -> str:
-    """Type of the arithmetic before a device is seen: auto is bf16 on a GPU and fp32 without one."""
-    if recipe.train.precision != "auto":
-        return recipe.train.precision
-    return "bf16" if recipe.model.dtype == "bf16" or recipe.cluster.accelerator != "cpu" else "fp32"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What the formulas of every strategy read.
@@ -129,7 +122,7 @@ class Job:
     @staticmethod
     def of(recipe: Recipe, config: Config, found: Sequence[Weight], mesh: Mesh) -> Job:
         """Of a recipe: types by its strategy."""
-        weight, compute = BYTES[recipe.model.dtype], BYTES[planned_precision(recipe)]
+        weight, compute = BYTES[recipe.model.dtype], BYTES[planned_precision(recipe)[0]]
         learnt = 4 if any(w.adapter for w in found) else weight
         ddp = recipe.strategy.kind == "ddp"
         return Job(
@@ -258,8 +251,8 @@ def _zero12(job: Job) -> _Share:
     first = recipe.strategy.kind == "zero1"
     weights = (flat + elements(job.found, trained=False)) * c
     largest = max((math.prod(w.shape) for w in job.found if w.trained), default=0)
-    buffers = _bucket(job) * 4 * 2 + largest * c * (1 + offloaded)
-    if first and wide and planned_precision(recipe) == "bf16" and not offloaded:
+    buffers = zero_size(job, "reduce_bucket_size") * 4 * 2 + largest * c * (1 + offloaded)
+    if first and wide and planned_precision(recipe)[0] == "bf16" and not offloaded:
         return _Share(
             weights=weights, masters=part * master, gradients=flat * master + learnt * c, moments=2 * part * master,
             buffers=buffers,
@@ -283,13 +276,13 @@ def _zero3(job: Job) -> _Share:
     zero, offload = recipe.strategy.zero, recipe.strategy.offload
     part = sum(-(-math.prod(w.shape) // n) * w.times for w in job.found if w.trained)
     frozen = sum(-(-math.prod(w.shape) // n) * w.times for w in job.found if not w.trained)
-    small = sum(w.elements for w in job.found if math.prod(w.shape) <= persistent(job))
+    small = sum(w.elements for w in job.found if math.prod(w.shape) <= zero_size(job, "param_persistence_threshold"))
     live = min(elements(job.found) - small, _live(job))
     gathered = (small + live) * c
     if zero.hpz_partition_size > 1:
         gathered += sum(-(-math.prod(w.shape) // zero.hpz_partition_size) * w.times for w in job.found) * c
     largest = max((math.prod(w.shape) for w in job.found if w.trained), default=0)
-    buffers = _bucket(job) * 4 + largest * (c + 4)
+    buffers = zero_size(job, "reduce_bucket_size") * 4 + largest * (c + 4)
     weights, gradients, moments = (part + frozen) * c, part * master, 2 * part * master
     masters = part * master
     on_host = {"none": 0, "cpu": masters + moments + 2 * gradients, "nvme": 2 * gradients}[offload.optimizer]
@@ -302,23 +295,15 @@ def _zero3(job: Job) -> _Share:
     )  # fmt: skip
 
 
-def persistent(job: Job) -> int:
-    """Most numbers of a weight that ZeRO-3 leaves whole on each rank; null as `launcher.strategy.deepspeed` chooses."""
-    given = job.recipe.strategy.zero.param_persistence_threshold
-    return 10 * job.size.hidden if given is None else given
-
-
-def _bucket(job: Job) -> int:
-    given = job.recipe.strategy.zero.reduce_bucket_size
-    return job.size.hidden**2 if given is None else given
-
-
 def _live(job: Job) -> int:
     """Numbers of the other weights that ZeRO-3 may hold whole: its limit, or what its largest weight needs."""
-    zero = job.recipe.strategy.zero
-    ahead = 9 * job.size.hidden**2 // 10 if zero.prefetch_bucket_size is None else zero.prefetch_bucket_size
-    needed = ahead + max((math.prod(w.shape) for w in job.found), default=0)
-    return max(needed, ZERO_LIVE if zero.max_live_parameters is None else zero.max_live_parameters)
+    needed = zero_size(job, "prefetch_bucket_size") + max((math.prod(w.shape) for w in job.found), default=0)
+    return max(needed, zero_size(job, "max_live_parameters"))
+
+
+def zero_size(job: Job, key: str) -> int:
+    """Elements of `strategy.zero.<key>`, as given or chosen."""
+    return zero_sizes(job.recipe, job.size.hidden)[key][0]
 
 
 def _host(job: Job, share: _Share) -> HostMemory:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.plan.batch import accumulation_steps
-from launcher.plan.memory import Job, flat_groups, persistent, rows_share
+from launcher.plan.memory import Job, flat_groups, rows_share, zero_size
 from launcher.plan.mesh import Mesh
 from launcher.plan.parameters import Config, Weight, count
 from launcher.recipe.schema import Recipe
@@ -97,7 +97,7 @@ def _zero3(job: Job, steps: int) -> tuple[float, float, float]:
     """As fsdp2, but small weights stay whole and are gathered once a step; ZeRO++ makes weights 8 and gradients 4 bit,
     and gathers for the backward pass among the ranks that hold a second copy."""
     n, c, zero = job.world, job.how.compute, job.recipe.strategy.zero
-    small = persistent(job)
+    small = zero_size(job, "param_persistence_threshold")
     large = sum(-(-math.prod(w.shape) // n) * w.times for w in job.found if math.prod(w.shape) > small)
     kept = sum(-(-math.prod(w.shape) // n) * w.times for w in job.found if math.prod(w.shape) <= small)
     learnt = sum(-(-math.prod(w.shape) // n) * w.times for w in job.found if w.trained)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.plan import Plan
+from launcher.plan.chosen import planned_precision
 from launcher.recipe.schema import Recipe
-from launcher.strategy.explained import Explained, nested, planned_precision
+from launcher.strategy.explained import Explained, nested
 
 DEEPSPEED_FILE = "deepspeed.json"  # beside accelerate.yaml
 

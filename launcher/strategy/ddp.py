@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from launcher.plan import Plan
+from launcher.plan.chosen import planned_precision
 from launcher.recipe.schema import Recipe
-from launcher.strategy.explained import Explained, planned_precision
+from launcher.strategy.explained import Explained
 
 
 def settings(recipe: Recipe, plan: Plan) -> Explained:

@@ -12,18 +12,16 @@ from typing import Any, Literal
 from launcher.errors import Problem
 from launcher.plan import Plan
 from launcher.plan.batch import accumulation_steps
+from launcher.plan.chosen import planned_precision, zero_sizes
 from launcher.plan.parameters import read_config, weights
 from launcher.recipe.schema import Recipe
-from launcher.strategy.explained import Explained, dotted, nested, planned_precision
+from launcher.strategy.explained import Explained, dotted, nested
 
 Device = Literal["cuda", "cpu"]
 Type = Literal["fp32", "bf16", "fp16"]
 
 ASSUMED_HIDDEN = 4096  # where the architecture is not known here: that of 7B and 8B models
 ASSUMED_LARGEST = 128_256 * 4096  # elements of the largest weight, likewise: the embedding of Llama 3
-LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's own default: 2 GB in bf16
-SUB_GROUP = 1_000_000_000  # DeepSpeed's own default: more elements than a rank has, so that one update does all
-SUB_GROUP_OFFLOADED = 100_000_000  # 1.6 GB of fp32 weights, gradients and two moments
 NEVER = 1_000_000_000  # steps
 
 # Blocks of experts, by model_type: which experts run changes with the data, so ZeRO-3 can neither trace nor prefetch
@@ -143,11 +141,13 @@ def _zero(recipe: Recipe, world_size: int, device: Device) -> Iterator[tuple[str
         yield f"{section}.overlap_comm", (overlap, "strategy.zero.overlap_comm")
     yield f"{section}.contiguous_gradients", (True, "gradients are copied into one buffer: no fragments")
     yield f"{section}.reduce_scatter", (True, "each rank gets its share of the sum only")
-    sizes = _sizes(recipe)
+    known = _hidden(recipe)
+    sizes = zero_sizes(
+        recipe, known or ASSUMED_HIDDEN, "" if known else ", assumed: the architecture is not known here"
+    )
     for key, at, stages in _SIZES:
         if stage in stages:
-            given = getattr(strategy.zero, at)
-            yield f"{section}.{key}", sizes[at] if given is None else (given, f"strategy.zero.{at}")
+            yield f"{section}.{key}", sizes[at]
     if stage < 3:
         yield f"{section}.round_robin_gradients", (False, "parameters keep their order in the flat buffers")
     else:
@@ -164,23 +164,6 @@ _SIZES = (  # DeepSpeed's key, ours, the stages that read it
     ("stage3_max_reuse_distance", "max_live_parameters", (3,)),
     ("sub_group_size", "sub_group_size", (3,)),
 )
-
-
-def _sizes(recipe: Recipe) -> dict[str, tuple[int, str]]:
-    """Elements where the recipe gives none; the first three by transformers' own rule for "auto"."""
-    known = _hidden(recipe)
-    hidden = known or ASSUMED_HIDDEN
-    told = f"hidden size {hidden}" + ("" if known else ", assumed: the architecture is not known here")
-    offloaded = recipe.strategy.offload.optimizer != "none"
-    update = "bounds the buffers of the offloaded update" if offloaded else "one update does all"
-    return {
-        "reduce_bucket_size": (hidden * hidden, f"hidden^2, one square matrix: {told}"),
-        "allgather_bucket_size": (12 * hidden * hidden, f"12 hidden^2, about one block: {told}"),
-        "prefetch_bucket_size": (9 * hidden * hidden // 10, f"0.9 hidden^2: {told}"),
-        "param_persistence_threshold": (10 * hidden, f"10 hidden, so that norms and biases stay whole: {told}"),
-        "max_live_parameters": (LIVE_PARAMETERS, "DeepSpeed's default"),
-        "sub_group_size": (SUB_GROUP_OFFLOADED if offloaded else SUB_GROUP, update),
-    }
 
 
 def _stage3(recipe: Recipe) -> Iterator[tuple[str, tuple[Any, str]]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
-
-from launcher.recipe.schema import Recipe
+from typing import Any
 
 Explained = dict[str, tuple[Any, str]]  # dotted key -> value and reason, in the order in which files show them
 
@@ -31,14 +29,3 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = value
     return found
-
-
-def planned_precision(recipe: Recipe) -> tuple[Literal["fp32", "bf16", "fp16"], str]:
-    """`train.precision` before the device is seen, and why; the worker settles `auto` by the device itself."""
-    if recipe.train.precision != "auto":
-        return recipe.train.precision, "train.precision"
-    if recipe.model.dtype == "bf16":
-        return "bf16", "auto: model.dtype is bf16"
-    if recipe.cluster.accelerator == "cpu":
-        return "fp32", "auto: fp32 on the CPU"
-    return "bf16", "auto: bf16 on a GPU that computes it natively, else fp32; the worker settles it"
