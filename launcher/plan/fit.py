@@ -127,7 +127,6 @@ def _stands(recipe: Recipe) -> bool:
         train.global_batch_size % (train.micro_batch_size * world) == 0
         and mesh.replicate * mesh.shard == world
         and (isinstance(group, bool) or mesh.shard % group == 0)
-        and not (strategy.kind == "zero3" and model.gradient_checkpointing == "selective")
         and not (zero and model.dtype == "bf16" and strategy.offload.optimizer != "none")
     )
 

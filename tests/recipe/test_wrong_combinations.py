@@ -322,12 +322,11 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "model.compile",
         ["true: expected false with zero3", "use strategy.kind=fsdp2"],
     ),
-    "blocks of zero3 recomputed in part": (
-        zero(3, "model.gradient_checkpointing=selective"),
-        "model.gradient_checkpointing",
-        ["selective: expected none, full or offload with zero3", "Write full."],
+    "frozen weights of LoRA stored from nvme": (
+        ["strategy=zero3-nvme", "adapter.kind=lora", "checkpoint.store_frozen=true"],
+        "checkpoint.store_frozen",
+        ["true: expected false with strategy.offload.params = nvme", "read from the base model again"],
     ),
-    "compiled blocks of zero1": (zero(1, "model.compile=true"), "model.compile", ["expected false with zero1"]),
     # adapters
     "rank without an adapter": (
         ["adapter.rank=8"],
@@ -408,6 +407,8 @@ GOOD_COMBINATIONS = [
     ["strategy=zero2", "strategy.deepspeed={zero_optimization: {round_robin_gradients: true}}"],
     ["strategy=zero2", "model.dtype=bf16", "model.gradient_checkpointing=selective"],
     ["model.compile=true", "adapter.kind=lora", "model.dtype=bf16"],
+    ["strategy=zero2", "model.compile=true"],
+    ["strategy=zero3", "model.gradient_checkpointing=selective"],
     ["strategy.prefetch=2", "strategy.reshard_after_forward=false"],
     ["adapter={kind: lora, rank: 8, alpha: 16, dropout: 0.1, targets: [q_proj]}", "checkpoint.store_frozen=true"],
     ["model={config: {model_type: gpt_bigcode}, tokenizer: a/b}", "model.liger=auto"],

@@ -58,16 +58,12 @@ def _quantized_gradients(recipe: Recipe) -> Iterator[Problem]:
 
 
 def blocks(recipe: Recipe) -> Iterator[Problem]:
-    """Compiling decoder blocks, or recomputing parts of them, is for engines that do not hook into their layers."""
+    """Compiling decoder blocks is for engines that do not hook into the layers inside them."""
     model, kind = recipe.model, recipe.strategy.kind
-    if model.compile and kind.startswith("zero"):
-        expected = f"false with {kind}: only blocks of ddp and fsdp2 are compiled, DeepSpeed hooks into each layer"
-        fix = "Remove the key, or use strategy.kind=fsdp2."
+    if model.compile and kind == "zero3":
+        expected = "false with zero3, which gathers weights by hooks on each layer, amid what would be compiled"
+        fix = "Remove the key, or use strategy.kind=fsdp2, zero1 or zero2."
         yield Problem("model.compile", True, expected, fix, because=("strategy.kind",))
-    if model.gradient_checkpointing == "selective" and kind == "zero3":
-        # what is recomputed is matched with the forward pass operation by operation, gathers of weights included
-        expected = "none, full or offload with zero3, which gathers weights at other times in the backward pass"
-        yield Problem("model.gradient_checkpointing", "selective", expected, "Write full.", because=("strategy.kind",))
 
 
 def kernels(recipe: Recipe) -> Iterator[Problem]:
@@ -86,6 +82,10 @@ def adapter(recipe: Recipe) -> Iterator[Problem]:
         fix = "Remove the key, or use adapter.kind=lora."
         expected = "false with adapter.kind = full, which freezes nothing"
         yield Problem("checkpoint.store_frozen", True, expected, fix, because=("adapter.kind",))
+    if recipe.checkpoint.store_frozen and kind != "full" and recipe.strategy.offload.params == "nvme":
+        expected = "false with strategy.offload.params = nvme: frozen weights are not in memory when one is written"
+        fix = "Remove the key; they are read from the base model again."
+        yield Problem("checkpoint.store_frozen", True, expected, fix, because=("strategy.offload.params",))
     tied = _config(recipe).get("tie_word_embeddings") is True
     if kind == "lora" and tied and (heads := [t for t in targets if t.rpartition(".")[2] in _HEADS]):
         expected = f"no {heads[0]}, whose weights are those of the input embedding too (tie_word_embeddings)"
