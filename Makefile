@@ -19,7 +19,7 @@ test: $(READY)  ## set-up, then every test
 	$(BIN)/python -m pytest -m "not gpu and not matrix" -n 2 --dist worksteal
 
 test-fast: $(READY)  ## the default selection, under two minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-matrix: $(READY)  ## the long forms: every strategy x ranks pair of checkpoints, built DeepSpeed ops; minutes
 	$(BIN)/python -m pytest -m matrix -n 2 --dist worksteal
