@@ -1,7 +1,7 @@
 """ZeRO 1, 2 and 3 by DeepSpeed: how it is built around a skeleton, driven a step at a time, and where its state lies.
 
-What DeepSpeed is told stands in `launcher.strategy.deepspeed`, what it needs of the process in `deepspeed_setup`. Whether an update is dropped, DeepSpeed decides on the
-host: each step reads the norm of the gradient once.
+What DeepSpeed is told stands in `launcher.strategy.deepspeed`, what it needs of the process in `deepspeed_setup`.
+Whether an update is dropped, DeepSpeed decides on the host: each step reads the norm of the gradient once.
 """
 
 from __future__ import annotations
