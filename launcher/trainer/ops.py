@@ -25,8 +25,10 @@ from launcher.errors import UserError
 OPS = {
     "cpu_adam": "CPUAdamBuilder",  # DeepSpeedCPUAdam, the update in host memory
     "async_io": "AsyncIOBuilder",  # reads and writes of nvme offload
+    "pin_memory": "PinMemoryBuilder",  # page-locked buffers for those
     "quantizer": "QuantizerBuilder",  # ZeRO++ on a GPU
 }
+NEEDS = {"async_io": "pin_memory"}  # operator -> the one whose symbols it uses
 BUILD = "launcher doctor --build-ops"
 STAMP = "built-for.json"  # beside the library: what it was compiled for
 
@@ -34,6 +36,8 @@ STAMP = "built-for.json"  # beside the library: what it was compiled for
 def op_is_built(name: str) -> bool:
     """Whether the operator can be used here without compiling: it was built with DeepSpeed, or by `build_op` for these
     versions and for a processor of which this one has all features."""
+    if name in NEEDS and not op_is_built(NEEDS[name]):
+        return False
     if _came_with_deepspeed(name):
         return True
     folder = build_folder(name)
@@ -61,6 +65,9 @@ def build_op(name: str) -> Path:
         return folder
     if why := _missing(name):
         raise UserError(f"{BUILD}: {name} cannot be built: {why}")
+    if name in NEEDS:
+        build_op(NEEDS[name])
+        load_op(NEEDS[name])
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "build.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # torch's own lock file outlives a build that was killed, and waits for ever
@@ -82,6 +89,8 @@ def load_op(name: str) -> Any:
     Raises:
         UserError: it is not built.
     """
+    if name in NEEDS:
+        load_op(NEEDS[name])
     builder = _builder(name)
     if name not in type(builder)._loaded_ops:
         if not op_is_built(name):
@@ -89,7 +98,7 @@ def load_op(name: str) -> Any:
         if _came_with_deepspeed(name):
             return builder.load()
         type(builder)._loaded_ops[name] = _import_library(name, build_folder(name) / f"{name}.so")
-    return type(builder)._loaded_ops[name]
+    return builder.load()  # loaded already; DeepSpeed lets others see the symbols of pin_memory here
 
 
 def build_folder(name: str) -> Path:
