@@ -41,6 +41,8 @@ class Contradiction:
 
 def require_agreement(run: RunDirectory) -> None:
     """Raises UserError on rank 0, naming both sides of every contradiction; the other ranks end without a word."""
+    if LAUNCHED not in os.environ:
+        return
     recipe, plan = from_dict(run.read_recipe()), Plan.from_dict(run.read_json(run.plan_file.name))
     found = list(contradictions(recipe, plan, os.environ))
     if not found:
@@ -53,6 +55,22 @@ def require_agreement(run: RunDirectory) -> None:
         f"{run.path}: Accelerate's settings contradict the run's recipe, which decides:\n{listed}\n"
         f"`launcher render {run.recipe_file} --target accelerate` writes a file that agrees; torchrun needs none."
     )
+
+
+def other_precision(recipe: Recipe, settled: str, environment: Environment) -> str | None:
+    """A line for the log where `train.precision: auto` settled on another type on this device than Accelerate says.
+
+    settled: fp32, bf16 or fp16
+    """
+    if recipe.train.precision != "auto" or recipe.model.dtype == "bf16" or LAUNCHED not in environment:
+        return None
+    source, theirs = f"mixed_precision ({LAUNCHED})", environment[LAUNCHED].lower()
+    if file := _file(environment):
+        said = dotted(_read(file) or {})
+        source, theirs = f"bf16.enabled ({file})", "bf16" if said.get("bf16.enabled") is True else "no"
+    if theirs == {"fp32": "no"}.get(settled, settled):
+        return None
+    return f"Accelerate's {source} = {theirs}, but train.precision = auto settles on {settled} here, which decides"
 
 
 def contradictions(recipe: Recipe, plan: Plan, environment: Environment) -> Iterator[Contradiction]:
@@ -183,19 +201,18 @@ def _expected(recipe: Recipe, plan: Plan) -> dict[str, tuple[str, Any]]:
         "zero_optimization.offload_optimizer.device": ("strategy.offload.optimizer", strategy.offload.optimizer),
         "zero_optimization.offload_param.device": ("strategy.offload.params", strategy.offload.params),
     }
-    if precision != "auto":
+    found["fp16.enabled"] = (f"train.precision = {precision}, fp16", precision == "fp16")
+    if precision != "auto":  # the device settles it, `other_precision` says how
         found["bf16.enabled"] = (f"train.precision = {precision}, bf16", precision == "bf16")
-        found["fp16.enabled"] = (f"train.precision = {precision}, fp16", precision == "fp16")
     return found
 
 
 def _in_file(file: str, ours: dict[str, tuple[str, Any]]) -> Iterator[Contradiction]:
-    try:
-        theirs = json.loads(Path(file).read_text())
-    except OSError:
-        return  # it says nothing, and nothing here reads it
-    except ValueError:
+    theirs = _read(file)
+    if theirs is None:
         yield Contradiction("deepspeed_config_file", f"{file}, which is not JSON", "the run", "a plan of its own")
+        return
+    if not theirs:
         return
     said = dotted(theirs)
     for device in ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device"):
@@ -206,6 +223,17 @@ def _in_file(file: str, ours: dict[str, tuple[str, Any]]) -> Iterator[Contradict
     for section in ("optimizer", "scheduler"):
         if section in theirs:
             yield Contradiction(f"{section} ({file})", "{...}", "the section optimizer", "that of the recipe")
+
+
+def _read(file: str) -> dict[str, Any] | None:
+    """A DeepSpeed file; empty where there is none, which says nothing, and None where it is no JSON object."""
+    try:
+        theirs = json.loads(Path(file).read_text())
+    except OSError:
+        return {}
+    except ValueError:
+        return None
+    return theirs if isinstance(theirs, dict) else None
 
 
 def _file(environment: Environment) -> str:

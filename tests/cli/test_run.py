@@ -183,7 +183,7 @@ def test_a_change_of_identity_is_refused_and_nothing_written(recipe, uninterrupt
     ("changes", "words"),
     [
         (["model.config.hidden_size=64", "train.max_steps=200", "--force"], ["model.config.hidden_size: 32 -> 64"]),
-        (["model.dtype=bf16", "--force"], ["model.dtype", "run.name="]),
+        (["model.dtype=bf16", "train.precision=auto", "--force"], ["model.dtype", "run.name="]),
         (["train.max_steps=10", "--force"], ["train.max_steps = 10", f"{STEPS} steps"]),
         (["run.name=other"], ["run.name", "move the directory"]),
         (["run.dir=/elsewhere", "--force"], ["run.dir", "move the directory"]),

@@ -82,7 +82,7 @@ def test_targets_are_names_or_their_endings() -> None:
     [
         ("q_projection", "this model has none of that name. Nearest: q_proj"),
         ("c_attn", "This model's are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"),
-        ("embed_tokens", "it is a Embedding"),
+        ("embed_tokens", "it is an Embedding"),
         ("proj", "none of that name"),
         ("layers.7.mlp.up_proj", "Nearest: model.layers.1.mlp.up_proj"),
     ],
@@ -264,7 +264,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # dropout draws its masks again
     "ddp": {"adapter__dropout": 0.1, "config": TIED},
     "fsdp2": {"adapter__dropout": 0.1, "model__dtype": "bf16"},
     "zero2": {"adapter__dropout": 0.1, "config": GPT2, "model__gradient_checkpointing": "full"},
-    "zero3": {"adapter__dropout": 0.1, "model__dtype": "bf16", "config": TIED},
+    "zero3": {"adapter__dropout": 0.1, "train__precision": "bf16", "config": TIED},
 }
 
 
