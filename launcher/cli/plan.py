@@ -40,14 +40,12 @@ def rows(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str]]:
     """What to tell about a plan: a name and a sentence's worth of figures, a line each."""
     yield "ranks", f"{plan.world_size} = {plan.nodes} x {plan.nproc_per_node} (nodes x ranks on each)"
     copies = f"{plan.mesh.replicate} {'copies' if plan.mesh.replicate > 1 else 'copy'} of the model state"
-    yield "strategy", f"{recipe.strategy.kind}: {copies}, each on {plan.mesh.shard} rank{'s' * (plan.mesh.shard > 1)}"
-    parts = f"{plan.world_size} ranks x {plan.micro_batch_size} a forward x {plan.accumulation_steps} forwards"
-    yield "global batch", f"{plan.global_batch_size:,} rows = {parts}"
+    yield "strategy", f"{recipe.strategy.kind}: {copies}, each on {_counted(plan.mesh.shard, 'rank')}"
+    forwards = _counted(plan.accumulation_steps, "forward")
+    parts = f"{_counted(plan.world_size, 'rank')} x {plan.micro_batch_size} a forward x {forwards}"
+    yield "global batch", f"{_counted(plan.global_batch_size, 'row')} = {parts}"
     yield "tokens a step", f"{plan.tokens_per_step:,} at most ({plan.seq_len:,} a row)"
-    yield (
-        "length",
-        f"{plan.max_steps:,} steps" if plan.max_steps else f"{plan.epochs:g} epochs, steps known when prepared",
-    )
+    yield "length", _counted(plan.max_steps, "step") if plan.max_steps else _epochs(plan.epochs)
     yield "precision", f"{plan.precision}, weights kept in {recipe.model.dtype}"
     if plan.parameters is None or plan.memory is None or plan.traffic is None:
         yield "parameters", f"unknown: {plan.parameters_note}"
@@ -56,7 +54,7 @@ def rows(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _model(recipe, plan.parameters)
     yield from _memory(recipe, plan.memory)
     yield from _host(plan.memory)
-    yield from _traffic(plan.traffic)
+    yield from _traffic(recipe, plan.traffic)
     if recipe.strategy.deepspeed:
         yield "not counted", "what strategy.deepspeed lays over the configuration"
 
@@ -105,7 +103,7 @@ def _host(memory: Memory) -> Iterator[tuple[str, str]]:
     yield "host memory", "first node: " + ", ".join(parts)
 
 
-def _traffic(traffic: Traffic) -> Iterator[tuple[str, str]]:
+def _traffic(recipe: Recipe, traffic: Traffic) -> Iterator[tuple[str, str]]:
     if not traffic.total:
         yield "traffic", "none: one rank"
         return
@@ -113,8 +111,18 @@ def _traffic(traffic: Traffic) -> Iterator[tuple[str, str]]:
     parts.append(f"{size(traffic.across)} of gradients between copies")
     said = ", ".join(part for part in parts if not part.startswith("0 "))
     yield "traffic", f"{size(traffic.total)} sent by each rank in a step: {said}"
+    if recipe.cluster.accelerator == "cpu":  # whose speed and links are not those of the figures below
+        return
     need = f"{traffic.hidden_at_nvlink:,} tokens of a rank at 400 GB/s, {traffic.hidden_at_network:,} at 50 GB/s"
     yield "  hidden", f"behind {need} (495 TFLOP/s); a step has {traffic.tokens_per_rank:,}"
+
+
+def _epochs(count: float | None) -> str:
+    return f"{count:g} epoch{'s' * (count != 1)}, steps known when prepared"
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
 def size(count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,9 +60,17 @@ def split(memory: Memory) -> str:
     return ", ".join(f"{part} {value / GIB:.2f}" for part, value in shown or parts.items())
 
 
-def gib(count: int) -> str:
-    """Bytes as `73.1 GiB`."""
-    return f"{count / GIB:.1f} GiB"
+def gib(count: int, *, within: float = math.inf) -> str:
+    """Bytes as `73.1 GiB`, rounded up so that it suffices; with more digits where it must not exceed `within`."""
+    shown, digits = _rounded_up(count, 1), 1
+    while shown > within and digits < 6:
+        digits += 1
+        shown = _rounded_up(count, digits)
+    return f"{shown:.{digits}f} GiB"
+
+
+def _rounded_up(count: int, digits: int) -> float:
+    return -(-count * 10**digits // GIB) / 10**digits
 
 
 def cheapest(recipe: Recipe, config: Config, found: list[Weight], *, limit: float) -> tuple[Change, Memory, bool]:
@@ -106,7 +115,7 @@ def applied(recipe: Recipe, change: Change) -> Recipe:
 def _advice(recipe: Recipe, config: Config, found: list[Weight], *, limit: float) -> str:
     change, memory, fits = cheapest(recipe, config, found, limit=limit)
     if fits:
-        return f"Cheapest change that fits, {gib(memory.total)}: {change} ({change.cost})."
+        return f"Cheapest change that fits, {gib(memory.total, within=limit)}: {change} ({change.cost})."
     least = f"the least is {gib(memory.total)}" + (f", with {change}" if change.keys else ", as it is")
     return f"No change of batch, recomputation, sharding, offload or nodes fits: {least}."
 

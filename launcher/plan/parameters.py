@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -104,7 +105,8 @@ def read_config(name: str | None, config: Config | None, revision: str | None = 
     if not file.is_file():
         found = _cached(name, revision)
         if found is None:
-            return None, f"{name} is neither a folder with a config.json nor in the local hub cache"
+            why = f"{name} is neither a folder with a config.json nor in the local hub cache"
+            return None, f"{why}. Give a folder, or fetch it: hf download {name} config.json"
         file = found
     return json.loads(file.read_text()), ""
 
@@ -118,6 +120,19 @@ def weights(config: Config) -> list[Weight] | None:
     return builder(config) if builder else None
 
 
+def size_keys(config: Config) -> dict[str, int | None]:
+    """Lengths and counts that a formula reads -> the family's own; empty for a family without a formula."""
+    family = config.get("model_type", "")
+    more = {"n_inner": None} if family == "gpt2" else {"head_dim": None}
+    own = {key: value for key, value in _with_defaults({"model_type": family}).items() if key != "model_type"}
+    return {**more, **{key: value for key, value in own.items() if not isinstance(value, bool)}} if own else {}
+
+
+def widest_rank(found: Iterable[Weight], targets: Sequence[str]) -> int | None:
+    """The smaller dimension of the smallest layer that the targets name; None where they name none."""
+    return min((min(w.shape) for w in found if w.layer and _chosen(w, targets)), default=None)
+
+
 def with_adapters(found: Iterable[Weight], rank: int, targets: Sequence[str]) -> list[Weight]:
     """The weights frozen, and a pair of thin trained matrices beside each layer that the targets name.
 
@@ -126,7 +141,7 @@ def with_adapters(found: Iterable[Weight], rank: int, targets: Sequence[str]) ->
     result = []
     for w in found:
         result.append(replace(w, trained=False))
-        chosen = [block for block in w.blocks or (None,) if any(_means(w, block, target) for target in targets)]
+        chosen = _chosen(w, targets)
         if w.layer and chosen:
             outputs, inputs = reversed(w.shape) if w.transposed else w.shape
             blocks = [block for block in chosen if block is not None]
@@ -187,7 +202,11 @@ def is_tied(config: Config) -> bool:
 def unknown_family(config: Config) -> str:
     """What to tell about a model whose parameters no formula here counts."""
     known = ", ".join(sorted([*_FAMILIES, *_BUILDERS]))
-    return f"no parameter formula for model_type {config.get('model_type')!r} (known: {known})"
+    near = difflib.get_close_matches(
+        str(family := config.get("model_type")), [*_FAMILIES, *_BUILDERS], n=1, cutoff=0.85
+    )
+    meant = f". Did you mean '{near[0]}'?" if near else ""
+    return f"no parameter formula for model_type {family!r} (known: {known}){meant}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +256,11 @@ def _with_defaults(config: Config) -> dict[str, Any]:
     family = _FAMILIES.get(config.get("model_type", ""))
     defaults = family.defaults if family else _GPT_DEFAULTS.get(config.get("model_type", ""), {})
     return {**defaults, **config}
+
+
+def _chosen(w: Weight, targets: Sequence[str]) -> list[int | None]:
+    """Blocks in which the targets name this layer; [None]: they do, outside the blocks."""
+    return [block for block in w.blocks or (None,) if any(_means(w, block, target) for target in targets)]
 
 
 def _means(w: Weight, block: int | None, target: str) -> bool:

@@ -10,7 +10,7 @@ from launcher.errors import Problem, RecipeError
 from launcher.recipe.compose import Composed, draft, in_order
 from launcher.recipe.paths import check_data_paths, check_model_paths, check_output_paths, make_absolute
 from launcher.recipe.read import shown
-from launcher.recipe.rules import sizes, sources, together
+from launcher.recipe.rules import architecture, sizes, sources, together
 from launcher.recipe.schema import Recipe, check_sections
 from launcher.recipe.tree import within
 
@@ -71,7 +71,7 @@ def _memory(recipe: Recipe) -> Iterator[Problem]:
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         key = "model.config" if recipe.model.config is not None else "model.name"
         value = "{...}" if recipe.model.config is not None else recipe.model.name
-        yield Problem(key, value, f"an architecture that adds up ({type(error).__name__}: {error})")
+        yield Problem(key, value, f"an architecture whose parameters can be counted ({error})")
         return
     yield from memory_problems(recipe, plan)
 
@@ -94,6 +94,7 @@ RULES: tuple[Rule, ...] = (
     together.blocks,
     together.kernels,
     together.adapter,
+    architecture.buildable,
     together.deepspeed,
     together.on_the_cpu,
 )

@@ -34,11 +34,12 @@ def inject(lm: Any, adapter: Adapter) -> str:
     `parameters_on_meta` they go to the meta device.
 
     Raises:
-        UserError: a target is no linear layer of this model, or cannot have an adapter.
+        UserError: a target is no linear layer of this model or cannot have an adapter, or the rank is above its width.
     """
     from peft import inject_adapter_in_model
 
     chosen = target_layers(lm, adapter.targets)
+    _refuse_too_wide((lm.get_submodule(name) for name in chosen), adapter.rank)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # how GPT-2 lays out its weights, and that a head is tied: both are known
         try:
@@ -126,7 +127,7 @@ def target_layers(lm: Any, targets: Iterable[str]) -> list[str]:
             problems.append(_unmatched(target, lm, linear))
     if problems:
         raise UserError("\n".join(problems))
-    if tied := [name for name in chosen if linear[name] is head and head.weight is lm.get_input_embeddings().weight]:
+    if tied := [name for name in chosen if _is_tied_head(lm, linear[name])]:
         raise UserError(
             f"adapter.targets = {tied[0]}: expected a layer of its own, this one's weights are those of the input "
             "embedding too. Leave it out."
@@ -142,14 +143,28 @@ def endings(lm: Any, chosen: Iterable[str]) -> list[str]:
     return sorted(last if meant == chosen else chosen)
 
 
+def _refuse_too_wide(layers: Iterable[nn.Module], rank: int) -> None:
+    """A rank that exceeds what every layer has; a gate with few outputs among them is no reason."""
+    most = max(min(layer.weight.shape) for layer in layers)  # type: ignore[type-var, arg-type]
+    if rank > most:
+        expected = f"at most {most}, the smaller dimension of the layers it is put beside"
+        raise UserError(f"adapter.rank = {rank}: expected {expected}. 16 is usual; or adapter.kind=full.")
+
+
+def _is_tied_head(lm: Any, layer: nn.Module) -> bool:
+    return layer is lm.get_output_embeddings() and layer.weight is lm.get_input_embeddings().weight
+
+
 def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
 def _unmatched(target: str, lm: Any, linear: Mapping[str, nn.Module]) -> str:
     other = next((m for name, m in lm.named_modules() if _ends_with(name, target)), None)
-    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-    near = difflib.get_close_matches(target, [*leaves, *linear], n=3, cutoff=0.5)
+    own = [name for name, m in linear.items() if not _is_tied_head(lm, m)]
+    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in own))
+    near = difflib.get_close_matches(target, [*leaves, *own], n=3, cutoff=0.5)
     fix = f"Nearest: {', '.join(near)}." if near else f"This model's are {', '.join(leaves[:12])}."
-    is_other = f"it is a {type(other).__name__}" if other is not None else "this model has none of that name"
+    article = "an" if type(other).__name__[0] in "AEIOU" else "a"
+    is_other = f"it is {article} {type(other).__name__}" if other is not None else "this model has none of that name"
     return f"adapter.targets = {target}: expected the name, or its ending, of a linear layer; {is_other}. {fix}"

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from launcher.errors import UserError
 from launcher.trainer import activations, adapters, attention, kernels, objectives
+from launcher.trainer.architecture import cannot_be_built, refuse_what_looks_ahead
+from launcher.trainer.architecture import load_config as load_config
 from launcher.trainer.objectives import Batch
 from launcher.trainer.objectives.chunked import Head, weighted_nll
 
@@ -93,29 +95,6 @@ class Skeleton:
     notes: list[str]
 
 
-def load_config(model: Model) -> Any:
-    """The architecture, from the recipe's dict or from a name or folder.
-
-    Raises:
-        UserError: it cannot be found or read.
-    """
-    from transformers import AutoConfig
-
-    try:
-        if model.config is not None:
-            rest = {key: value for key, value in model.config.items() if key != "model_type"}
-            config = AutoConfig.for_model(model.config["model_type"], **rest)
-        else:
-            config = AutoConfig.from_pretrained(
-                model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
-            )
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        key = "model.config" if model.config is not None else f"model.name = {model.name}"
-        raise UserError(f"{key}: the architecture cannot be read: {error}") from error
-    config.use_cache = False
-    return config
-
-
 def build_for(
     model: Model,
     *,
@@ -157,6 +136,7 @@ def build_skeleton(
     with parameters_on_meta():
         lm = _from_config(model, config, chosen.implementation)
         adapted = adapters.inject(lm, adapter) if adapter is not None and adapter.kind == "lora" else None
+    refuse_what_looks_ahead(model, lm)
     attention.refuse_without_positions(lm.base_model)
     liger = f"liger: {str(use.liger).lower()} ({use.reason})"
     fused_loss = False
@@ -344,8 +324,8 @@ def _from_config(model: Model, config: Any, implementation: str) -> Any:
             attn_implementation=implementation,
             trust_remote_code=model.trust_remote_code,
         )
-    except ValueError as error:
-        raise UserError(f"model: {error}") from error
+    except Exception as error:  # of any class: a wrong size or name fails wherever it is first used
+        raise cannot_be_built(model, config, error) from error
 
 
 def _from_pretrained(model: Model, config: Any) -> Any:

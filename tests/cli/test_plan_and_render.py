@@ -39,7 +39,16 @@ def test_plan_as_a_table_says_ranks_batch_memory_and_traffic():
     assert "MiB on the fullest rank: unchecked: cluster.gpu_memory_gib is null" in text
     for part in ("weights", "gradients", "moments", "gathered", "activations", "logits"):
         assert f"\n  {part} " in text
-    assert "tokens of a rank at 400 GB/s" in text
+    assert "400 GB/s" not in text, "a figure of GPUs, on the CPU"
+    assert "tokens of a rank at 400 GB/s" in call(plan, RECIPE, "cluster.accelerator=cuda").stdout
+
+
+def test_plan_counts_one_thing_as_one():
+    one = ["cluster.nproc_per_node=1", "train.global_batch_size=1", "train.max_steps=null", "train.epochs=1"]
+    text = call(plan, RECIPE, *one).stdout
+    assert "1 row = 1 rank x 1 a forward x 1 forward\n" in text
+    assert "1 epoch, steps known when prepared" in text
+    assert "1 step\n" in call(plan, RECIPE, "train.max_steps=1").stdout
 
 
 def test_plan_says_how_much_of_the_gpu_is_left_what_learns_and_what_is_recomputed():
@@ -56,6 +65,7 @@ def test_plan_of_a_model_that_is_not_here_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     text = call(plan, GPU_RECIPE).stdout
     assert "parameters     unknown: meta-llama/Llama-3.1-8B is neither a folder" in text
+    assert "fetch it: hf download meta-llama/Llama-3.1-8B config.json" in text
     assert "memory         unchecked" in text
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.errors import RecipeError, show_value
 from launcher.plan import architecture, make_plan, memory_problems
-from launcher.plan.fit import Change, applied, cheapest, combinations
+from launcher.plan.fit import Change, applied, cheapest, combinations, gib
 from launcher.plan.memory import GIB, estimate
 from launcher.plan.mesh import make_mesh
 from launcher.recipe.check import load
@@ -144,3 +144,10 @@ def test_smaller_micro_batches_cost_nothing_but_speed():
     made = recipe(kind="fsdp2", micro=8)
     found = problem(made, memory_of(made).total / GIB - 0.5)
     assert "train.micro_batch_size=4 (more and smaller forward passes, the same result)" in found.fix
+
+
+def test_figures_close_to_the_limit_have_the_digits_that_tell_them_from_it():
+    assert gib(int(1.5712 * GIB)) == "1.6 GiB", "rounded up: what is named suffices"
+    assert gib(int(1.5512 * GIB), within=1.56) == "1.56 GiB"
+    assert gib(int(1.5551 * GIB), within=1.5558) == "1.5551 GiB"
+    assert gib(int(1.5551 * GIB), within=80) == "1.6 GiB"

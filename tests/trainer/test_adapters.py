@@ -100,6 +100,17 @@ def test_an_adapter_on_the_output_layer_takes_part_in_the_loss_and_on_a_tied_one
     assert "loss: whole logits of each micro-batch, because the output layer has an adapter" in built.notes
     with pytest.raises(UserError, match=r"adapter\.targets = lm_head: .* those of the input embedding too"):
         skeleton(TIED, adapter__targets=["lm_head"])
+    with pytest.raises(UserError) as raised:
+        skeleton(TIED, adapter__targets=["nothing_here"])
+    assert "lm_head" not in str(raised.value), "it would be refused"
+
+
+def test_a_rank_above_the_width_of_every_layer_is_refused() -> None:
+    assert any("lora of rank 32" in note for note in skeleton(adapter__rank=32).notes)
+    with pytest.raises(
+        UserError, match=r"adapter\.rank = 33: expected at most 32, the smaller dimension of the layers"
+    ):
+        skeleton(adapter__rank=33)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

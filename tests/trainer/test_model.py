@@ -101,11 +101,9 @@ def test_a_folder_that_lacks_weights_is_refused_by_their_names(tmp_path: Path) -
         model.read_weights(section, model.load_config(section), seed=0)
 
 
-def test_a_folder_that_is_not_there_and_an_unknown_architecture_are_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.name = .*nothing: the architecture cannot be read"):
         model.load_config(Model(name=str(tmp_path / "nothing")))
-    with pytest.raises(UserError, match=r"model\.config: the architecture cannot be read"):
-        model.load_config(Model(config={"model_type": "lama"}))
 
 
 def test_token_ids_that_the_model_has_not_are_refused() -> None:
