@@ -27,6 +27,23 @@ _UNTYPED = {  # keys whose default is None
 }
 _READ_BY_GET = ("aio", "flops_profiler", "activation_checkpointing", "data_types")  # sections without a model
 _DTYPES = ["fp32", "bf16", "fp16"]
+_LEVELS = ["debug", "info", "warning", "error", "critical"]
+_IMPLIED = {  # least values that DeepSpeed takes for granted: it divides by them, or counts with them
+    "steps_per_print": 1,
+    "comet.samples_log_interval": 1,
+    "flops_profiler.profile_step": 0,
+    "flops_profiler.top_modules": 1,
+    "flops_profiler.module_depth": -1,
+    "flops_profiler.recompute_fwd_factor": 0,
+    "aio.block_size": 1,
+    "aio.queue_depth": 1,
+    "aio.intra_op_parallelism": 1,
+    "zero_optimization.module_granularity_threshold": 0,
+    "zero_optimization.stage3_module_granularity_threshold": 0,
+    "zero_optimization.offload_optimizer.buffer_count": 1,
+    "zero_optimization.offload_param.buffer_count": 1,
+    "zero_optimization.offload_param.buffer_size": 1,
+}
 
 
 def snapshot() -> dict[str, Any]:
@@ -61,8 +78,12 @@ def snapshot() -> dict[str, Any]:
     keys["timers"] = {"keys": {"throughput": _model(DeepSpeedThroughputTimerConfig)}}
     for key in ("communication_data_type", "seq_parallel_communication_data_type"):
         keys[key]["choices"] = _DTYPES
-    keys["data_types"]["keys"]["grad_accum_dtype"]["choices"] = _DTYPES
+    for key in ("grad_accum_dtype", "buffer_dtype"):
+        keys["data_types"]["keys"][key]["choices"] = _DTYPES
     keys["data_types"]["keys"]["keep_in_fp32_modules"]["type"] = ["list", "str"]
+    keys["log_level"]["choices"] = _LEVELS
+    for key, least in _IMPLIED.items():
+        _leaf_of(keys, key)["min"] = least
     keys.update({name: {"removed": _first(text)} for name, text in ds._REMOVED_TOP_LEVEL_CONFIG_KEYS.items()})
     gone = {name: {"removed": _first(text)} for name, text in ds._REMOVED_ZERO_CONFIG_KEYS.items()}
     keys["zero_optimization"]["keys"].update(gone)
@@ -163,6 +184,13 @@ def _type(option: Any) -> str:
 
 def _first(text: str) -> str:
     return text.partition(". ")[0].replace("'", "")
+
+
+def _leaf_of(keys: dict[str, Any], dotted: str) -> Any:
+    *sections, last = dotted.split(".")
+    for section in sections:
+        keys = keys[section]["keys"]
+    return keys[last]
 
 
 def _sorted(value: Any) -> Any:

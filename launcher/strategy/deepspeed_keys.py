@@ -18,6 +18,13 @@ from launcher.recipe.schema import Recipe
 _LOSS = "the trainer scales the loss so that gradients averaged over the ranks are the mean over tokens"
 _PARALLEL = "the trainer is data parallel alone"
 _OPTIMIZER = "the trainer makes the optimizer and hands it over"
+_SCALE = (
+    "the loss scale moves by the trainer's own rule: from 2^16, halved at an overflow, doubled after 2000 good steps"
+)
+_MASTERS = "fp32 master copies follow from model.dtype and train.precision"
+_FINITE = "the trainer drops and counts each update whose gradient is not finite"
+_UNREAD = "DeepSpeed 0.19 takes the key and reads it nowhere"
+_MAKES_MODEL = "it is for models made inside deepspeed.zero.Init; the trainer makes the model and then shards it"
 _CHECKPOINT = "the trainer writes and reads checkpoints of its own, of fp32 masters and both moments"
 
 # Keys of DeepSpeed that a recipe says elsewhere -> with which key. A section stands for all that is in it.
@@ -26,8 +33,9 @@ SAID_BY = {
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
     "gradient_clipping": "train.max_grad_norm",
-    "fp16": "train.precision",
-    "bf16": "train.precision",
+    "fp16.enabled": "train.precision",
+    "fp16.auto_cast": "train.precision",
+    "bf16.enabled": "train.precision",
     "bfloat16": "train.precision",
     "torch_autocast": "train.precision",
     "data_types.param_dtype": "train.precision",
@@ -75,12 +83,32 @@ REFUSED = {
     "sequence_parallel_size": _PARALLEL,
     "seq_parallel_communication_data_type": _PARALLEL,
     "use_data_before_expert_parallelism": _PARALLEL,
+    **{
+        f"fp16.{key}": _SCALE
+        for key in (
+            "loss_scale",
+            "initial_scale_power",
+            "loss_scale_window",
+            "hysteresis",
+            "consecutive_hysteresis",
+            "min_loss_scale",
+        )
+    },
+    "fp16.fp16_master_weights_and_grads": _MASTERS,
+    "bf16.bf16_master_weights_and_grads": _MASTERS,
+    "bf16.bf16_optimizer_states": _MASTERS,
+    "bf16.check_grad_overflow": _FINITE,
+    "bf16.immediate_grad_update": "it is read by an optimizer of DeepSpeed that is not used here",
+    "disable_allgather": _UNREAD,
     "hybrid_engine": "it generates text between steps, which the trainer does not",
     "weight_quantization": "it is read for inference alone",
     "autotuning": "it starts runs of its own; vary the keys of the recipe instead",
     "datastates_ckpt": _CHECKPOINT,
     "vocabulary_size": "the model says it",
     "comet.api_key": "a secret never stands in a recipe: export COMET_API_KEY and name it in cluster.env",
+    "zero_optimization.allgather_partitions": _UNREAD,
+    "zero_optimization.memory_efficient_linear": _MAKES_MODEL,
+    "zero_optimization.override_module_apply": _MAKES_MODEL,
     "zero_optimization.elastic_checkpoint": _CHECKPOINT,
     "zero_optimization.load_from_fp32_weights": _CHECKPOINT,
     "zero_optimization.pipeline_loading_checkpoint": _CHECKPOINT,
@@ -93,7 +121,28 @@ REFUSED = {
     "zero_optimization.zero_quantized_nontrainable_weights": "frozen weights in 8 bit would not be those of the model",
     "zero_optimization.offload_optimizer.super_offload": _CHECKPOINT + "; its state lies elsewhere",
     "zero_optimization.offload_optimizer.ratio": _CHECKPOINT + "; with a part of it on the GPU it lies elsewhere",
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": "it is read with super_offload alone",
 }
+
+# Keys that DeepSpeed reads in some stages only -> in which strategies.
+_STAGES_12, _STAGE_3 = ("zero1", "zero2"), ("zero3",)
+READ_IN = {
+    f"zero_optimization.{key}": kinds
+    for kinds, keys in {
+        _STAGES_12: (
+            "ignore_unused_parameters", "parameter_alignment", "round_robin_gradients",
+            "use_multi_rank_bucket_allreduce",
+        ),
+        _STAGE_3: (
+            "allgather_sequential", "enable_sanity_checks", "leaf_module", "log_trace_cache_warnings",
+            "max_reuse_distance", "model_persistence_threshold", "module_granularity_threshold",
+            "stage3_allgather_sequential", "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
+            "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params",
+            "use_all_reduce_for_fetch_params",
+        ),
+    }.items()
+    for key in keys
+}  # fmt: skip
 
 _STATES = {
     "zero_optimization.offload_optimizer": "optimizer",
@@ -141,6 +190,9 @@ def _contradiction(recipe: Recipe, key: str, value: Any) -> Problem | None:
         return Problem(at, _shown(value), f"nothing here: {SAID_BY[key]} says it", f"Use {SAID_BY[key]}.")
     if key in REFUSED:
         return Problem(at, _shown(value), f"nothing here: {REFUSED[key]}", "Remove the key.")
+    if (kinds := READ_IN.get(key)) and recipe.strategy.kind not in kinds:
+        expected = f"nothing here with strategy.kind={recipe.strategy.kind}: {' and '.join(kinds)} alone read it"
+        return Problem(at, _shown(value), expected, "Remove the key.", "", ("strategy.kind",))
     offload = recipe.strategy.offload
     if key in _STATES:
         which = _STATES[key]

@@ -10,7 +10,7 @@ import pytest
 from launcher.errors import RecipeError
 from launcher.recipe.check import load
 from launcher.shipped import folder
-from launcher.strategy.deepspeed_keys import REFUSED, SAID_BY, check_overlay, known
+from launcher.strategy.deepspeed_keys import READ_IN, REFUSED, SAID_BY, check_overlay, known
 
 TINY = folder("recipes") / "tiny-cpu.yaml"
 
@@ -38,7 +38,7 @@ GOOD = [
     {"flops_profiler": {"enabled": True, "profile_step": 3, "output_file": "flops.txt"}},
     {"comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]}},
     {"tensorboard": {"enabled": True, "output_path": "tb"}},
-    {"zero_optimization": {"round_robin_gradients": True, "stage3_max_reuse_distance": 5e8}},
+    {"zero_optimization": {"contiguous_gradients": False, "stage3_max_reuse_distance": 5e8}},
     {"zero_optimization": {"leaf_module": {"names": ["model.layers.0"]}}},
     {"timers": {"throughput": {"enabled": True, "synchronized": False}}},
 ]
@@ -47,6 +47,11 @@ GOOD = [
 @pytest.mark.parametrize("overlay", GOOD)
 def test_what_nothing_here_says_may_be_laid_over(overlay):
     assert found(overlay) == []
+
+
+def test_each_stage_takes_the_keys_that_it_reads():
+    assert found({"zero_optimization": {"round_robin_gradients": True}}, "zero2") == []
+    assert found({"zero_optimization": {"stage3_module_granularity_threshold": 0}}, "zero3") == []
 
 
 BAD = [  # overlay, strategy, parts of the one complaint
@@ -63,8 +68,16 @@ BAD = [  # overlay, strategy, parts of the one complaint
     ({"train_batch_size": 8}, "zero3", "train_batch_size = 8", "Use train.global_batch_size."),
     ({"gradient_accumulation_steps": 1}, "zero3", "gradient_accumulation_steps", "Use train.global_batch_size and"),
     ({"gradient_clipping": 0.5}, "zero3", "gradient_clipping = 0.5", "Use train.max_grad_norm."),
-    ({"bf16": {"enabled": True}}, "zero3", "bf16 = {...}", "Use train.precision."),
-    ({"fp16": {"loss_scale": 1}}, "zero3", "fp16 = {...}", "Use train.precision."),
+    ({"bf16": {"enabled": True}}, "zero3", "bf16.enabled = true", "Use train.precision."),
+    ({"fp16": {"enabled": True}}, "zero3", "fp16.enabled = true", "Use train.precision."),
+    ({"fp16": {"initial_scale_power": 8}}, "zero3", "initial_scale_power = 8", "by the trainer's own rule: from 2^16"),
+    ({"steps_per_print": 0}, "zero2", "steps_per_print = 0", "expected 1 or more"),
+    ({"zero_optimization": {"stage3_module_granularity_threshold": -5}}, "zero3", "= -5", "expected 0 or more"),
+    ({"log_level": "loud"}, "zero3", "log_level = loud", "one of debug, info"),
+    ({"disable_allgather": True}, "zero2", "disable_allgather = true", "reads it nowhere"),
+    ({"zero_optimization": {"stage3_max_reuse_distance": 5}}, "zero2", "strategy.kind=zero2", "zero3 alone read"),
+    ({"zero_optimization": {"leaf_module": {"names": ["a"]}}}, "zero1", "strategy.kind=zero1", "zero3 alone read"),
+    ({"zero_optimization": {"round_robin_gradients": True}}, "zero3", "strategy.kind=zero3", "zero1 and zero2 alone"),
     ({"optimizer": {"type": "Adam"}}, "zero3", "optimizer = {...}", "Use the section optimizer."),
     ({"scheduler": {"type": "WarmupLR"}}, "zero3", "scheduler = {...}", "Use optimizer.schedule."),
     ({"zero_optimization": {"stage": 2}}, "zero3", "zero_optimization.stage = 2", "Use strategy.kind."),
@@ -107,11 +120,12 @@ def test_a_key_of_a_used_offload_may_be_laid_over():
 
 
 def test_all_complaints_come_at_once():
-    assert len(found({"steps_per_prnt": 1, "bf16": {}, "zero_optimization": {"stage": 1, "overlap": 1}})) == 4
+    zero = {"stage": 1, "overlap": 1}
+    assert len(found({"steps_per_prnt": 1, "bf16": {"enabled": True}, "zero_optimization": zero})) == 4
 
 
 def test_every_key_that_is_refused_is_one_that_deepspeed_knows():
-    for key in {**SAID_BY, **REFUSED}:
+    for key in {**SAID_BY, **REFUSED, **READ_IN}:
         keys = known()["keys"]
         *sections, last = key.split(".")
         for section in sections:
