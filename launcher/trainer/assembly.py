@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from launcher.data.batches import Batches
 from launcher.data.store import Store
 from launcher.errors import UserError
 from launcher.trainer import engines, frozen, model, objectives
+from launcher.trainer.launch_check import other_precision
 from launcher.trainer.loop import Training
 from launcher.trainer.metrics import MetricsWriter
 from launcher.trainer.proof import prove_isolation
@@ -117,8 +119,10 @@ def build_engine(
         parameters = sum(p.numel() for p in skeleton.module.parameters())
         print(f"model: {skeleton.config.model_type}, {parameters:,} parameters, {ranks.world_size} x {device.type}")
         compute = str(precision.compute).removeprefix("torch.")
-        for note in (f"precision: {compute} ({precision.reason})", *skeleton.notes):
-            print(note, flush=True)
+        other = other_precision(recipe, precision.name, os.environ)
+        for note in (f"precision: {compute} ({precision.reason})", other, *skeleton.notes):
+            if note:
+                print(note, flush=True)
         if fill != "none":
             weights = model.read_weights(recipe.model, skeleton.config, seed=recipe.train.seed, adapter=recipe.adapter)
     base = frozen.describe(recipe, skeleton, weights) if recipe.adapter.kind != "full" else {}

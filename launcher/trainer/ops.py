@@ -115,6 +115,7 @@ def build_folder(name: str) -> Path:
 
 def _came_with_deepspeed(name: str) -> bool:
     """Whether DeepSpeed was installed with DS_BUILD_..., which put the operator into the package."""
+    _choose_accelerator()
     try:
         from deepspeed.git_version_info import accelerator_name, installed_ops
     except ImportError:
@@ -130,7 +131,8 @@ def _builder(name: str) -> Any:
 
 
 def _choose_accelerator() -> None:
-    """DeepSpeed asks for the device in its own ways; here it is a GPU where torch has one, else the CPU."""
+    """Before DeepSpeed is imported, which else asks for each kind of device and warns where it finds none: a GPU where
+    torch has one, else the CPU."""
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

@@ -17,7 +17,7 @@ from launcher.recipe.check import load
 from launcher.recipe.schema import to_dict
 from launcher.run.directory import RunDirectory
 from launcher.shipped import folder
-from launcher.trainer.launch_check import contradictions
+from launcher.trainer.launch_check import contradictions, other_precision
 
 RECIPE = folder("recipes") / "tiny-cpu.yaml"  # 2 ranks, global batch 8, micro-batch 1: 4 forwards a step
 DDP = {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "ACCELERATE_DYNAMO_BACKEND": "NO"}
@@ -76,6 +76,37 @@ CASES = [
     (["strategy=zero2"], {**ZERO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}, None, None),
     (["strategy=zero2"], {**ZERO, "ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "CLIPPING = 0.5", "max_grad_norm = 1.0"),
 ]  # fmt: skip
+
+
+AUTO, NO = {"ACCELERATE_MIXED_PRECISION": "bf16"}, {"ACCELERATE_MIXED_PRECISION": "no"}
+TOLD = [  # overrides, environment, what auto settled on, what is said
+    ([], {}, "fp32", None),
+    ([], AUTO, "bf16", None),
+    ([], NO, "fp32", None),
+    ([], AUTO, "fp32", "Accelerate's mixed_precision (ACCELERATE_MIXED_PRECISION) = bf16, but train.precision = auto"),
+    ([], NO, "bf16", "MIXED_PRECISION) = no, but train.precision = auto settles on bf16"),
+    (["train.precision=fp32"], AUTO, "fp32", None),  # a contradiction, refused before
+    (["model.dtype=bf16"], NO, "bf16", None),
+]
+
+
+@pytest.mark.parametrize(("overrides", "environment", "settled", "said"), TOLD)
+def test_where_auto_settles_on_another_type_than_accelerate_says_both_are_named(overrides, environment, settled, said):
+    found = other_precision(planned(["strategy=ddp", *overrides])[0], settled, environment)
+    assert (found is None) == (said is None)
+    assert (said or "") in (found or "")
+
+
+def test_what_a_deepspeed_file_says_of_bf16_is_named_beside_what_auto_settles_on(tmp_path):
+    recipe, plan = planned(["strategy=zero2", "cluster.accelerator=cuda"])
+    file = tmp_path / "deepspeed.json"
+    file.write_text(job_spec(recipe, plan).files["deepspeed.json"])
+    environment = {**ZERO, f"{PREFIX}CONFIG_FILE": str(file)}
+    assert list(contradictions(recipe, plan, environment)) == []
+    found = other_precision(recipe, "fp32", environment)
+    here = "train.precision = auto settles on fp32 here, which decides"
+    assert found == f"Accelerate's bf16.enabled ({file}) = bf16, but {here}"
+    assert other_precision(recipe, "bf16", environment) is None
 
 
 def planned(overrides: list[str]):

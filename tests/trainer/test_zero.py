@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -331,8 +334,6 @@ def test_l4_a_run_in_two_attempts_repeats_the_losses_and_weights_of_one_bit_for_
 
 def refusals(rank: int, world_size: int, cases: list[Case]) -> list[str]:
     """What each recipe is refused with."""
-    import sys
-
     import deepspeed
 
     out = []
@@ -371,14 +372,52 @@ def test_what_deepspeed_cannot_do_here_is_refused_with_the_key_and_the_fix(
             assert words in message, (case, message)
 
 
+@pytest.mark.gloo
+def test_what_deepspeed_says_against_keys_laid_over_is_a_users_error_that_names_them() -> None:
+    """A key's type and bounds are checked before; here DeepSpeed refuses what only it can see."""
+    (got,) = run_ranks(overlays, 1)
+    assert got[0].startswith("strategy.deepspeed = data_types.keep_in_fp32_modules: expected")
+    assert "keep_in_fp32_modules" in got[0].partition("it says")[2]
+    assert got[1] == "TypeError: a mistake of ours"
+    assert got[2] == []  # nothing is tried out with the compiler
+
+
+def overlays(rank: int, world_size: int) -> list[Any]:
+    import deepspeed
+
+    from launcher.trainer.engines.deepspeed_setup import naming_overlay
+
+    out: list[Any] = []
+    overlay = {"strategy__deepspeed": {"data_types": {"keep_in_fp32_modules": "never"}}}
+    for call in (lambda: make.make_engine(make.make_recipe("zero2", **overlay), rank=rank), lambda: _mistake()):
+        try:
+            with naming_overlay(make.make_recipe("zero2")):
+                call()
+        except Exception as error:
+            out.append(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+    return [*out, list(deepspeed.ops.__compatible_ops__)]
+
+
+def _mistake() -> None:
+    raise TypeError("a mistake of ours")
+
+
 def refusals_without_ops(rank: int, world_size: int, cases: list[Case]) -> list[str]:
     """The same on a machine for which nothing is built."""
-    import os
     import tempfile
 
     with tempfile.TemporaryDirectory() as empty:
         os.environ["TORCH_EXTENSIONS_DIR"] = empty
         return refusals(rank, world_size, cases)
+
+
+@pytest.mark.slow
+def test_to_ask_for_an_operator_says_nothing_on_a_machine_without_a_gpu() -> None:
+    """DeepSpeed's import warns where it has to find out by itself."""
+    code = "from launcher.trainer.ops import op_is_built; op_is_built('cpu_adam')"
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
 
 
 def test_an_operator_counts_as_built_for_these_versions_and_this_processor_alone(

@@ -28,6 +28,9 @@ ENGINES = {
 
 
 Fill = Literal["all", "frozen", "none"]
+NAMES: dict[torch.dtype, Literal["fp32", "bf16", "fp16"]] = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+}  # fmt: skip
 
 
 class Engine(Protocol):
@@ -82,6 +85,11 @@ class Precision:
 
     compute: torch.dtype
     reason: str
+
+    @property
+    def name(self) -> Literal["fp32", "bf16", "fp16"]:
+        """As a recipe says it."""
+        return NAMES[self.compute]
 
 
 def choose_precision(requested: str, dtype: str, device: torch.device) -> Precision:

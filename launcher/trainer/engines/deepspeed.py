@@ -11,7 +11,7 @@ import io
 import itertools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,14 @@ from launcher.strategy.deepspeed import config as deepspeed_config
 from launcher.trainer.activations import compile_block
 from launcher.trainer.engines import Fill, Precision
 from launcher.trainer.engines.base import MOMENTS, broadcast_parts, hand_out, stored_parameters
-from launcher.trainer.engines.deepspeed_setup import choose_optimizer, hide_gathers, load, mark_expert_blocks, refuse
+from launcher.trainer.engines.deepspeed_setup import (
+    choose_optimizer,
+    hide_gathers,
+    load,
+    mark_expert_blocks,
+    naming_overlay,
+    refuse,
+)
 from launcher.trainer.model import TrainedModel, hugging_face_name, materialise, persistent_buffers
 from launcher.trainer.objectives import Batch
 from launcher.trainer.optim import LossScale
@@ -31,9 +38,6 @@ if TYPE_CHECKING:
     from launcher.trainer.checkpoint.format import Piece
 
 Span = tuple[int, int, int, int]  # flat buffer, place in it, start in the flattened parameter, length
-NAMES: dict[torch.dtype, Literal["fp32", "bf16", "fp16"]] = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-}  # fmt: skip
 
 
 class ZeroEngine:
@@ -268,10 +272,12 @@ def build(
     refuse(recipe, deepspeed, module, device=device, compute=compute)
     settings = deepspeed_config(
         recipe, world_size=dist.get_world_size(), device="cuda" if device.type == "cuda" else "cpu",
-        precision=NAMES[compute],
+        precision=precision.name,
     )  # fmt: skip
     if recipe.strategy.kind == "zero3":
-        _partition(deepspeed, settings, module, weights, device=device, compute=compute, fill=fill)
+        with naming_overlay(recipe):
+            init = deepspeed.zero.Init(config_dict_or_path=settings)
+        _partition(init, module, weights, device=device, compute=compute, fill=fill)
     else:
         materialise(module, device)
         if fill != "none":
@@ -284,7 +290,8 @@ def build(
     optimizer = choose_optimizer(recipe, module)
     if recipe.strategy.zero.leaf_modules is None:
         mark_expert_blocks(deepspeed, module)
-    with contextlib.redirect_stdout(io.StringIO()):  # lines on memory; warnings go to the log all the same
+    # its lines on memory go nowhere; warnings go to the log all the same
+    with contextlib.redirect_stdout(io.StringIO()), naming_overlay(recipe):
         engine = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
     if hasattr(engine.optimizer, "loss_scaler"):
         engine.optimizer.loss_scaler.update_scale = lambda overflow: None  # what was dropped is reported by the loop
@@ -297,8 +304,7 @@ def build(
 
 
 def _partition(
-    deepspeed: Any,
-    settings: dict[str, Any],
+    init: Any,
     module: TrainedModel,
     weights: dict[str, Tensor] | None,
     *,
@@ -307,7 +313,6 @@ def _partition(
     fill: Fill,
 ) -> None:
     """Give each parameter memory, its frozen value, and at once its shard: no rank ever holds two whole ones."""
-    init = deepspeed.zero.Init(config_dict_or_path=settings)
     names = {id(p): name for name, p in module.named_parameters()}
     made: dict[int, nn.Parameter] = {}
     for child in module.modules():

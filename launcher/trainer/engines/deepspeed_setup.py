@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from launcher.errors import UserError, nearest
+from launcher.strategy.explained import dotted
 from launcher.trainer.ops import BUILD, load_op, op_is_built
 from launcher.trainer.optim import build_adamw, parameter_groups
 
@@ -43,7 +45,9 @@ def load(device: torch.device) -> Any:
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's older calls
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled here and now
+    # asked for one operator of communication, DeepSpeed tries what every one of them would compile with, on each rank
+    # with the compiler's complaints in its log, and then compiles that one; here it has none
+    deepspeed.ops.__compatible_ops__ = {}
     _import_muon_uncompiled()
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
@@ -108,6 +112,27 @@ def refuse(recipe: Recipe, deepspeed: Any, module: nn.Module, *, device: torch.d
             f"strategy.offload.{nvme[0]} = nvme: needs DeepSpeed's {' and '.join(lacking)}, not built for this "
             f"machine. Run `{BUILD}` on it, or write cpu."
         )
+
+
+@contextlib.contextmanager
+def naming_overlay(recipe: Recipe) -> Iterator[None]:
+    """Where the recipe lays keys over DeepSpeed's configuration, what DeepSpeed says against it is for the user.
+
+    Raises:
+        UserError: in place of any error but those of devices, memory and communication (RuntimeError, OSError).
+    """
+    try:
+        yield
+    except (UserError, RuntimeError, OSError):
+        raise
+    except Exception as error:
+        if not recipe.strategy.deepspeed:
+            raise
+        said = " ".join(str(error).split())[:400]
+        raise UserError(
+            f"strategy.deepspeed = {', '.join(dotted(recipe.strategy.deepspeed))}: expected what DeepSpeed builds an "
+            f"engine with, but it says {type(error).__name__}: {said}. Change what it names, or remove all of it."
+        ) from error
 
 
 def choose_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
