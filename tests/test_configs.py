@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from launcher.cli.render import command as render
+from launcher.jobs import begin
 from launcher.jobs._configs import PRESETS, RECIPE, files, main, overrides
 from launcher.shipped import folder
 
@@ -53,6 +57,30 @@ def test_the_model_in_a_local_hub_cache_changes_no_byte(tmp_path, monkeypatch, r
     }))  # fmt: skip
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert dict(files()) == rendered
+
+
+def commands(verb: str) -> list[list[str]]:
+    """The README's lines that begin with these words, without their remarks."""
+    lines = [line.split("#")[0] for line in (CONFIGS / "README.md").read_text().splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith(f"    {verb} ")]
+
+
+@pytest.mark.parametrize("arguments", commands("launcher render"), ids=lambda arguments: " ".join(arguments[-2:]))
+def test_each_render_of_the_readme_works_as_written_from_a_checkout(arguments, tmp_path, monkeypatch):
+    """Written by -o, the files are found where the next command of the README looks for them."""
+    (tmp_path / "recipes").symlink_to(folder("recipes"))
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(render, arguments[2:])
+    assert done.exit_code == 0, done.output
+    if "-o" in arguments:
+        assert {"recipe.yaml", "deepspeed.json", "accelerate.yaml", "job.sh"} == {
+            f.name for f in Path("job").iterdir()
+        } - {"plan.json"}
+
+
+def test_begin_of_the_readme_takes_what_it_is_given():
+    (line,) = commands("python -m launcher.jobs.begin")
+    assert begin.read(line[3:]) == (Path("job/recipe.yaml"), None, [])
 
 
 def test_the_readme_names_every_file_and_the_command_that_makes_it():

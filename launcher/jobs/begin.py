@@ -1,11 +1,12 @@
-"""`python -m launcher.jobs.begin RECIPE [HOST:PORT]`: node 0's first act where torchrun starts the ranks.
+"""`python -m launcher.jobs.begin RECIPE [HOST:PORT] [KEY=VALUE ...]`: node 0's first act before torchrun's ranks.
 
-For scripts made by `launcher render`; the ranks then start an attempt of their own and say how it ended.
+For scripts made by `launcher render`, and by hand; the ranks then start an attempt of their own and say how it ended.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.errors import EXIT_USER_ERROR, UserError
@@ -19,7 +20,7 @@ from launcher.plan import make_plan
 from launcher.recipe.check import load
 
 
-def main(recipe_file: Path, endpoint: str | None = None) -> None:
+def main(recipe_file: Path, endpoint: str | None = None, overrides: Sequence[str] = ()) -> None:
     """Make or open the run of a recipe and prepare its data.
 
     endpoint: HOST:PORT at which the nodes of a job will meet on this one; None: there is no other node
@@ -32,7 +33,7 @@ def main(recipe_file: Path, endpoint: str | None = None) -> None:
         name = f"{ENDPOINT}={endpoint}"
         require_free_port(address(endpoint, name=f"{ENDPOINT} =")[1], name=name)
     console = Console()
-    recipe = load(recipe_file, new=False).recipe
+    recipe = load(recipe_file, overrides, new=False).recipe
     plan, run = make_plan(recipe), run_directory(recipe)
     with owned(run):
         open_run(run, recipe, plan, force=False, say=console.say)
@@ -42,9 +43,28 @@ def main(recipe_file: Path, endpoint: str | None = None) -> None:
     console.close()
 
 
+def read(arguments: Sequence[str]) -> tuple[Path, str | None, list[str]]:
+    """Recipe, HOST:PORT and changes of a command line.
+
+    Raises:
+        UserError: it is another one.
+    """
+    overrides = [argument for argument in arguments if "=" in argument]
+    match [argument for argument in arguments if "=" not in argument]:
+        case [recipe]:
+            return Path(recipe), None, overrides
+        case [recipe, endpoint]:
+            return Path(recipe), endpoint, overrides
+    given = " ".join(arguments) or "nothing"
+    raise UserError(
+        f"python -m launcher.jobs.begin: expected RECIPE [HOST:PORT] [KEY=VALUE ...], got {given}. "
+        "HOST:PORT is only for jobs of several nodes, as `launcher render` writes them."
+    )
+
+
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), *sys.argv[2:3])
+        main(*read(sys.argv[1:]))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)

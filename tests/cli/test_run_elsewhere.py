@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -77,21 +76,13 @@ def test_two_workers_train_together_and_node_0_alone_keeps_the_ledger(pair, reci
         assert "is finished" in out
 
 
-def test_a_worker_alone_needs_no_options_and_learns_the_same(recipe, tmp_path):
-    call = [sys.executable, "-m", "launcher.jobs.begin", str(_renamed(recipe, tmp_path, "alone"))]
+def test_a_worker_alone_needs_no_options_and_learns_the_same(recipe):
+    call = [sys.executable, "-m", "launcher.jobs.begin", str(recipe), "run.name=alone"]
     subprocess.run(call, check=True, timeout=240)
     run = run_of(recipe, "alone")
     assert run.read_json("plan.json")["total_steps"] == 6
     finish(launcher("worker", run.path), code=0)
     assert losses(run) == losses(run_of(recipe, "local"))
-
-
-def _renamed(recipe: Path, folder: Path, name: str) -> Path:
-    values = json.loads(recipe.read_text())
-    values["run"]["name"] = name
-    file = folder / "renamed.yaml"
-    file.write_text(json.dumps(values))
-    return file
 
 
 def test_a_worker_whose_peer_does_not_come_stops_when_it_is_asked_to(pair):
