@@ -11,6 +11,7 @@ from launcher.errors import UserError
 from launcher.jobs.changes import PLACE, Change, changes, identity
 from launcher.jobs.preparation import total_steps
 from launcher.plan import Plan
+from launcher.plan.batch import empty_slots
 from launcher.recipe.check import load
 from launcher.recipe.schema import Recipe, to_dict
 from launcher.run.directory import RunDirectory
@@ -52,11 +53,24 @@ def open_run(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say:
         UserError: the recipe is that of another run, and `force` is false; or, whatever `force` is, the run's
             checkpoints cannot go on with it. Nothing has been written.
     """
+    found: list[Change] = []
     if run.exists():
-        return _go_on(run, recipe, plan, force=force, say=say)
-    values = to_dict(recipe)
-    run.create(values, plan.to_dict(), identity(values))
-    return []
+        found = _go_on(run, recipe, plan, force=force, say=say)
+    else:
+        values = to_dict(recipe)
+        run.create(values, plan.to_dict(), identity(values))
+    _say_empty_slots(plan, say)
+    return found
+
+
+def _say_empty_slots(plan: Plan, say: Say) -> None:
+    """A new recipe is refused for it, but a run goes on with as many ranks as there are."""
+    rows, micro, world_size = plan.global_batch_size, plan.micro_batch_size, plan.world_size
+    if empty := empty_slots(global_batch_size=rows, micro_batch_size=micro, world_size=world_size):
+        say(
+            f"train.global_batch_size = {rows} on {world_size} ranks: {empty} slot{'s' * (empty > 1)} of each step "
+            f"stay{'s' * (empty == 1)} empty (rows of weight 0, without effect on what is learnt)"
+        )
 
 
 def _go_on(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say: Say) -> list[Change]:

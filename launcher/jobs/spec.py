@@ -64,12 +64,19 @@ def job_spec(recipe: Recipe, plan: Plan) -> JobSpec:
         nodes=plan.nodes,
         nproc_per_node=plan.nproc_per_node,
         argv=("-m", "launcher.trainer", str(Path(recipe.run.dir, recipe.run.name).absolute())),
+        env=_environment(recipe),
         env_names=tuple(recipe.cluster.env),
         setup=tuple(recipe.cluster.setup),
         time_limit_min=recipe.cluster.time_limit_min,
         files=files,
         accelerate=accelerate.config(recipe, plan),
     )
+
+
+def _environment(recipe: Recipe) -> dict[str, str]:
+    """Accelerate imports DeepSpeed where the job starts, which else warns that it found no GPU to train on."""
+    zero_on_cpu = recipe.strategy.kind.startswith("zero") and recipe.cluster.accelerator == "cpu"
+    return {"DS_ACCELERATOR": "cpu"} if zero_on_cpu else {}
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -90,8 +90,8 @@ def _batch(recipe: Recipe, world_size: int) -> Iterator[tuple[str, tuple[Any, st
         global_batch_size=train.global_batch_size, micro_batch_size=micro, world_size=world_size
     )  # fmt: skip
     whole = f"{micro} x {steps} x {world_size} ranks"
-    if micro * steps * world_size != train.global_batch_size:
-        whole += f"; slots beyond train.global_batch_size = {train.global_batch_size} are rows of weight 0"
+    if empty := micro * steps * world_size - train.global_batch_size:
+        whole += f": {train.global_batch_size} rows (train.global_batch_size), padded with {empty} of weight 0"
     yield "train_batch_size", (micro * steps * world_size, whole)
     yield "train_micro_batch_size_per_gpu", (micro, "train.micro_batch_size, rows of one forward")
     yield "gradient_accumulation_steps", (steps, f"{train.global_batch_size} rows / ({micro} x {world_size} ranks)")

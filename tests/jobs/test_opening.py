@@ -67,6 +67,23 @@ def test_what_checkpoints_can_take_is_forced_and_without_checkpoints_other_weigh
     assert go_on(run, recipe(seed=1, max_steps=5, config={"hidden_size": 16})) == ["model.config.hidden_size"]
 
 
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        (2, []),
+        (3, ["train.global_batch_size = 4 on 3 ranks: 2 slots of each step stay empty (rows of weight 0, "]),
+        (5, ["train.global_batch_size = 4 on 5 ranks: 1 slot of each step stays empty (rows of weight 0, "]),
+    ],
+)
+def test_ranks_that_do_not_divide_the_global_batch_are_said(run, ranks, said):
+    changed, heard = recipe(), []
+    changed.cluster.nproc_per_node = ranks
+    open_run(run, changed, make_plan(changed), force=False, say=heard.append)
+    heard = [line for line in heard if not line.startswith("changed ")]
+    assert len(heard) == len(said)
+    assert all(line.startswith(begin) for line, begin in zip(heard, said, strict=True))
+
+
 @pytest.mark.parametrize("change", ["run.name=other", "run.dir=/elsewhere", "run={name: other}"])
 def test_a_change_of_place_is_refused_because_the_directory_is_the_place(run, change):
     with pytest.raises(UserError, match=r"place is its directory.*move the directory"):

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import UserError
-from launcher.jobs.spec import JobSpec, stop_after_s
+from launcher.jobs.spec import JobSpec, job_spec, stop_after_s
 from launcher.jobs.targets import TARGETS, render
+from launcher.plan import make_plan
+from launcher.recipe.check import load
+from launcher.shipped import folder
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -39,6 +42,19 @@ def test_l12_torchrun_script_of_one_node_matches_golden():
     rendered = render(ONE_NODE, target="torchrun")
     assert set(rendered.files) == {"recipe.yaml", "job.sh"}
     assert_golden("torchrun-1x2.sh", rendered.files["job.sh"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["strategy=zero2", "cluster.accelerator=cpu"], {"DS_ACCELERATOR": "cpu"}),
+        (["strategy=zero2", "cluster.accelerator=cuda"], {}),
+        (["strategy=ddp", "cluster.accelerator=cpu"], {}),
+    ],
+)
+def test_a_zero_job_on_the_cpu_tells_deepspeed_so_before_accelerate_imports_it(overrides, expected):
+    recipe = load(folder("recipes") / "tiny-cpu.yaml", overrides).recipe
+    assert job_spec(recipe, make_plan(recipe)).env == expected
 
 
 @pytest.mark.parametrize("node", [0, 1])

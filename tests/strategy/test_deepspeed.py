@@ -48,6 +48,14 @@ def test_the_batch_is_that_of_the_plan_also_where_it_does_not_divide(ranks, rows
     assert found["train_batch_size"] == micro * plan.accumulation_steps * ranks >= rows
 
 
+@pytest.mark.parametrize(("ranks", "said"), [(2, "1 x 4 x 2 ranks"), (3, "1 x 3 x 3 ranks: 8 rows")])
+def test_slots_that_stay_empty_stand_in_the_reason_of_the_batch_size(ranks, said):
+    recipe = load(TINY, ["strategy=zero2", "train.global_batch_size=8"]).recipe
+    value, reason = explain(recipe, world_size=ranks, device="cpu", precision="fp32")["train_batch_size"]
+    assert reason.startswith(said)
+    assert ("padded with 1 of weight 0" in reason) == (value == 9) == (ranks == 3)
+
+
 def test_bucket_sizes_follow_the_hidden_size_as_transformers_chooses_them():
     hidden = load(TINY).recipe.model.config["hidden_size"]
     found = made("strategy=zero3")
