@@ -46,8 +46,10 @@ def mesh(recipe: Recipe) -> Iterator[Problem]:
         if value is not None and value > 0 and world % value
     ]
     for key, value in odd:
-        fix = f"Use {_nearest_divisors(value, world)}."
-        yield Problem(f"strategy.{key}", value, f"a divisor of {size}", fix, because=("strategy.kind", *_WORLD))
+        other = replicate if key == "shard" else shard  # where it fits, it leaves one number for this axis
+        fits = world // other if other and other > 0 and world % other == 0 else _nearest_divisors(value, world)
+        because = ("strategy.kind", *_WORLD)
+        yield Problem(f"strategy.{key}", value, f"a divisor of {size}", f"Use {fits}.", because=because)
     if not odd and replicate and shard and replicate * shard != world:
         yield Problem(
             "strategy.replicate", replicate, f"{world // shard}, so that replicate x shard is {size}",
