@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.convert.fit import Fit, fit
-from launcher.convert.source import Source
+from launcher.convert.source import Source, taken_apart
 from launcher.errors import UserError
 from launcher.recipe.schema import Recipe
 from launcher.run.directory import MARKER, RunDirectory
@@ -69,7 +69,13 @@ def open_import(path: Path, recipe: Recipe, *, weights_only: bool) -> Import:
         UserError: what the checkpoint lacks, or why it cannot be read.
     """
     module = _skeleton(recipe)
-    source = _open(path, module.lm, optimizer=not weights_only)
+    if recipe.adapter.kind == "full" and (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: is an adapter: add adapter.kind=lora, and adapter.rank, alpha and targets as its "
+            "adapter_config.json has them; model.name is its base model."
+        )
+    with taken_apart(path):
+        source = _open(path, module.lm, optimizer=not weights_only)
     params = _parameters(module, store_frozen=recipe.checkpoint.store_frozen)
     known = _names(module)
     found = fit(source, params, known)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.convert.restricted import unpickler
+from launcher.convert.restricted import first_line, unpickler
 from launcher.convert.source import MOMENTS, Source, as_step, one_step, trainer_step
 from launcher.errors import UserError
 
@@ -141,6 +141,9 @@ def _read_metadata(folder: Path) -> Any:
         allowed |= {(module.__name__, name): getattr(module, name) for name in names}
     try:
         with open(folder / METADATA, "rb") as file:
-            return unpickler(allowed)(file).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{folder / METADATA}: cannot be read: {error}") from error
+            found = unpickler(allowed)(file).load()
+    except Exception as error:  # a damaged pickle may call anything that is known here with anything
+        raise UserError(f"{folder / METADATA}: cannot be read: {first_line(error)}") from error
+    if not isinstance(found, metadata.Metadata):
+        raise UserError(f"{folder / METADATA}: is of type {type(found).__name__}, expected torch's Metadata.")
+    return found

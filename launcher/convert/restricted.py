@@ -84,5 +84,34 @@ def load_torch(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PickleModule())
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged pickle may call anything that is known here with anything
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
+
+
+def entry_of(values: Any, key: Any, kind: type, path: Path) -> Any:
+    """An entry of what a file holds.
+
+    Raises:
+        UserError: it is missing, or of another kind than its tool writes.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: is {_described(values)}, expected a mapping with {key}.")
+    found = values.get(key)
+    if not isinstance(found, kind):
+        held = _described(found) if key in values else "missing"
+        raise UserError(f"{path}: {key} is {held}, expected {_KINDS[kind]}.")
+    return found
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+_KINDS: dict[type, str] = {dict: "a mapping", list: "a list", int: "a whole number", str: "text", type(None): "null"}
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Inert):
+        return f"an object of {type(value).__name__}, of which nothing is read"
+    return _KINDS.get(type(value), f"of type {type(value).__name__}")

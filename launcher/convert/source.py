@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from launcher.convert.restricted import first_line
 from launcher.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -37,6 +39,17 @@ class Source:
     updates: int | None = None
     aliases: dict[str, str] = field(default_factory=dict)
     why_no_moments: str = "it holds no optimizer state"
+
+
+@contextlib.contextmanager
+def taken_apart(what: Path | str) -> Iterator[None]:
+    """Inside, whatever fails is a fault of the files, whose layout no reader can check in every place."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: is damaged or not laid out as its tool does: {first_line(error)}.") from error
 
 
 def trainer_step(folder: Path) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from launcher.convert.restricted import load_torch
+from launcher.convert.restricted import entry_of, load_torch
 from launcher.convert.source import MOMENTS, Source, as_step, one_step, trainer_step
 from launcher.errors import UserError
 
@@ -114,7 +114,10 @@ def _optimizer_state(file: Path, lm: nn.Module) -> tuple[dict[str, dict[str, Any
     The Trainer's optimizer has two groups, with and without weight decay, each in the order of the model's parameters.
     """
     saved = load_torch(file)
-    state, groups = saved["state"], [list(group["params"]) for group in saved["param_groups"]]
+    state = entry_of(saved, "state", dict, file)
+    groups = [entry_of(group, "params", list, file) for group in entry_of(saved, "param_groups", list, file)]
+    for number in state:
+        entry_of(state, number, dict, file)
     if not all(isinstance(entry.get(kind), Tensor) for entry in state.values() for kind in MOMENTS):
         kinds = sorted({str(kind) for entry in state.values() for kind in entry})
         return {}, f"{OPTIMIZER} holds {', '.join(kinds)}: expected {' and '.join(MOMENTS)}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from launcher.convert.fit import Fit
-from launcher.convert.source import MOMENTS, Source
+from launcher.convert.source import MOMENTS, Source, taken_apart
 from launcher.errors import UserError
 from launcher.run import ledger
 from launcher.run.directory import RunDirectory
@@ -55,7 +55,8 @@ def write_checkpoint(
             if kind != "value" and not moments:
                 tensor = torch.zeros(count, dtype=dtype)
             else:
-                tensor = source.read(fit.names[name], kind).to(dtype).reshape(-1).contiguous()
+                with taken_apart(f"{source.title}: {name} {kind}"):
+                    tensor = source.read(fit.names[name], kind).to(dtype).reshape(-1).contiguous()
             if tensor.numel() != count:
                 raise UserError(f"{source.title}: {name} {kind}: expected {count} elements, found {tensor.numel()}.")
             yield tensor.view(torch.uint8)

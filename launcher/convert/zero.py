@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.convert.restricted import load_torch
+from launcher.convert.restricted import entry_of, load_torch
 from launcher.convert.source import MOMENTS, Source, as_step, one_step
 from launcher.errors import UserError
 
@@ -37,14 +37,16 @@ def open_zero(path: Path) -> Source:
     """
     folder = _step_folder(path)
     files = _optimizer_files(folder)
-    states = [load_torch(file)["optimizer_state_dict"] for file in files]
+    states = [entry_of(load_torch(file), "optimizer_state_dict", dict, file) for file in files]
     stage = _stage(states[0], files[0])
     models = _model_files(folder, stage, len(files))
     model = load_torch(models[0])
+    entry_of(model, "module", dict, models[0])
     said = ((model.get("ds_config") or {}).get("zero_optimization") or {}).get("stage", stage)
     title = f"DeepSpeed ZeRO-{said} checkpoint {folder.name} of {len(files)} rank{'s' * (len(files) > 1)}"
     _require_whole(states, files, folder)
-    trained = [{name: _shape(shape) for name, shape in group.items()} for group in model["param_shapes"]]
+    groups = entry_of(model, "param_shapes", list, models[0])
+    trained = [{name: _shape(shape) for name, shape in group.items()} for group in groups]
     cut: _Stage12 | _Stage3 = _Stage3(states, trained) if stage == 3 else _Stage12(states, trained)
     cut.check(title)
     frozen = model.get("frozen_param_shapes") or {}

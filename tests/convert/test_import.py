@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,48 @@ def test_damaged_files_are_named(tmp_path, folder, zero, trainer, fsdp2):
         content = (bad / name).read_bytes()
         (bad / name).write_bytes(content[: len(content) // 2])
         assert f"{Path(name).name}: cannot be read" in refusal(bad, tmp_path), name
+
+
+def test_files_of_another_content_than_their_tools_are_refused_in_words(tmp_path, folder, zero, trainer, fsdp2):
+    from collections import Counter  # a class of which nothing is read
+
+    trained, staged = folder / "trainer-plain" / "checkpoint-3", folder / "zero2"
+    optimizer = torch.load(trained / "optimizer.pt", weights_only=False)
+    partition = "global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    state = torch.load(staged / partition, weights_only=False)["optimizer_state_dict"]
+    described, model = "global_step3/mp_rank_00_model_states.pt", {"module": {}, "param_shapes": [], "global_steps": 3}
+    for number, (source, name, content, said) in enumerate([
+        (trained, "optimizer.pt", [1], "optimizer.pt: is a list, expected a mapping with state."),
+        (trained, "optimizer.pt", {"param_groups": []}, "optimizer.pt: state is missing, expected a mapping."),
+        (trained, "optimizer.pt", {**optimizer, "state": [1]}, "optimizer.pt: state is a list, expected a mapping."),
+        (trained, "optimizer.pt", {**optimizer, "state": Counter(a=1)},
+         "optimizer.pt: state is an object of Counter, of which nothing is read, expected a mapping."),
+        (trained, "optimizer.pt", {**optimizer, "state": {0: 5}}, "optimizer.pt: 0 is a whole number, expected a map"),
+        (trained, "optimizer.pt", {**optimizer, "param_groups": [{}]}, "optimizer.pt: params is missing, expected a l"),
+        (staged, partition, 5, "optim_states.pt: is a whole number, expected a mapping with optimizer_state_dict."),
+        (staged, partition, {"optimizer_state_dict": None}, "optimizer_state_dict is null, expected a mapping."),
+        (staged, partition, {"optimizer_state_dict": {**state, "base_optimizer_state": 5}}, "is damaged or not laid"),
+        (staged, described, {**model, "param_shapes": {}}, "param_shapes is a mapping, expected a list."),
+        (staged, described, {**model, "param_shapes": [5]}, f"{staged.name}: is damaged or not laid out as its tool"),
+    ]):  # fmt: skip
+        bad = copied(source, tmp_path / str(number) / source.name)
+        torch.save(content, bad / name)
+        assert said in refusal(bad, tmp_path), content
+    for source, name, content, said in (
+        (trained, "trainer_state.json", b"{", "trainer_state.json: cannot be read"),
+        (trained, "trainer_state.json", b"[]", "trainer_state.json: cannot be read"),
+        (folder / "plain", ".metadata", pickle.dumps({}), ".metadata: is of type dict, expected torch's Metadata."),
+        (folder / "trainer-sharded" / "checkpoint-3", "model.safetensors.index.json", b'{"weight_map": {"a": 5}}',
+         "checkpoint-3: is damaged or not laid out as its tool does"),
+    ):  # fmt: skip
+        bad = copied(source, tmp_path / f"{name}-{len(content)}" / source.name)
+        (bad / name).write_bytes(content)
+        assert said in refusal(bad, tmp_path), name
+
+
+def test_an_adapter_for_a_recipe_without_one_is_called_by_its_name(tmp_path, folder, trainer):
+    said = refusal(folder / "trainer-lora" / "checkpoint-3", tmp_path)
+    assert "checkpoint-3: is an adapter: add adapter.kind=lora, and adapter.rank" in said
 
 
 def test_another_architecture_is_refused_with_the_names_that_do_not_fit(tmp_path, folder, zero, trainer):
