@@ -53,6 +53,16 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "strategy.replicate",
         ["Use 2 or 4."],
     ),
+    "replicate does not divide the world, and shard leaves one number for it": (
+        ["strategy.replicate=3", "strategy.shard=2", "cluster.nproc_per_node=4"],
+        "strategy.replicate",
+        ["Use 2."],
+    ),
+    "shard does not divide the world, and replicate leaves one number for it": (
+        ["strategy.replicate=2", "strategy.shard=3", "cluster.nproc_per_node=8"],
+        "strategy.shard",
+        ["Use 4."],
+    ),
     "mesh does not fill the world": (
         ["strategy.replicate=2", "strategy.shard=2", "cluster.nproc_per_node=8"],
         "strategy.replicate",
@@ -260,7 +270,7 @@ def test_a_model_that_cannot_fit_the_gpu_is_refused_with_the_memory_it_needs(her
 
 def test_an_architecture_that_does_not_add_up_is_a_problem_of_the_config(here: Path):
     (problem,) = problems(here, text=RANDOM.replace("hidden_size: 64", "hidden_size: wide"))
-    assert problem.key == "model.config"
+    assert problem.key == "model.config.hidden_size"
     assert problem.where == "recipe.yaml:1"
 
 

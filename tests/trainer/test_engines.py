@@ -18,12 +18,12 @@ CPU = torch.device("cpu")
 TIED = {**make.LLAMA, "tie_word_embeddings": True}
 DROPOUT = {**make.LLAMA, "attention_dropout": 0.3}
 EXPERTS: dict[str, Any] = {
-    "vocab_size": make.VOCAB, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "head_dim": 8,
+    "vocab_size": make.VOCAB, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2,
     "max_position_embeddings": 256, "initializer_range": 0.1,
 }  # fmt: skip
 MIXTRAL = {**EXPERTS, "model_type": "mixtral", "num_local_experts": 4}
-QWEN3_MOE = {**EXPERTS, "model_type": "qwen3_moe", "num_experts": 4}
+QWEN3_MOE = {**EXPERTS, "model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 24}
 SCATTER = "reduce_scatter_single" if hasattr(torch.distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
 LORA = {"adapter__kind": "lora", "adapter__rank": 4}
 
