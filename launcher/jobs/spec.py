@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher import __version__
 from launcher.plan import Plan
-from launcher.recipe.schema import Recipe, to_dict
+from launcher.recipe.schema import Cluster, Recipe, to_dict
 from launcher.strategy import accelerate, engine_settings, settings_file
 
 ENDPOINT = "LAUNCHER_RENDEZVOUS"  # variable with HOST:PORT of node 0, in jobs of several nodes
@@ -21,17 +21,22 @@ class JobSpec:
     """What is to be started.
 
     name: of the run
+    run: its directory, absolute, as the nodes see it
+    cluster: the recipe's section, of which a target reads its own keys
     nodes, nproc_per_node: machines and ranks on each
     argv: what each rank runs, without the interpreter
     env: settings that every process gets, never secrets
     env_names: variables that must be set where the job starts; their values are never read here
     setup: shell lines run first on each node
     time_limit_min: minutes after which the run stops as if preempted; None: never
+    stop_lead_s: seconds before that limit at which it is asked to, and what a preempted one is given
     files: name to text, stored beside what a target renders
     accelerate: what Accelerate's configuration file says of this job, for the target that writes one
     """
 
     name: str
+    run: str = ""
+    cluster: Cluster = field(default_factory=Cluster)
     nodes: int
     nproc_per_node: int
     argv: tuple[str, ...]
@@ -39,6 +44,7 @@ class JobSpec:
     env_names: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
     time_limit_min: int | None = None
+    stop_lead_s: int = 300
     files: Mapping[str, str] = field(default_factory=dict)
     accelerate: Mapping[str, Any] = field(default_factory=dict)
 
@@ -61,6 +67,8 @@ def job_spec(recipe: Recipe, plan: Plan) -> JobSpec:
     }
     return JobSpec(
         name=recipe.run.name,
+        run=str(Path(recipe.run.dir, recipe.run.name).absolute()),
+        cluster=recipe.cluster,
         nodes=plan.nodes,
         nproc_per_node=plan.nproc_per_node,
         argv=("-m", "launcher.trainer", str(Path(recipe.run.dir, recipe.run.name).absolute())),
@@ -68,6 +76,7 @@ def job_spec(recipe: Recipe, plan: Plan) -> JobSpec:
         env_names=tuple(recipe.cluster.env),
         setup=tuple(recipe.cluster.setup),
         time_limit_min=recipe.cluster.time_limit_min,
+        stop_lead_s=stop_lead_s(recipe.cluster),
         files=files,
         accelerate=accelerate.config(recipe, plan),
     )
@@ -85,6 +94,13 @@ def recipe_text(recipe: Recipe) -> str:
     return header + json.dumps(to_dict(recipe), indent=2) + "\n"
 
 
-def stop_after_s(time_limit_min: int) -> int:
-    """Seconds after which a run asks itself to stop: a tenth of the limit early, at most 5 minutes, to save."""
-    return time_limit_min * 60 - min(300, time_limit_min * 6)
+def stop_lead_s(cluster: Cluster) -> int:
+    """Seconds before the time limit at which a run is asked to stop; a preempted one is given as long."""
+    if cluster.stop_lead_s is not None:
+        return cluster.stop_lead_s
+    return 300 if cluster.time_limit_min is None else min(300, cluster.time_limit_min * 6)
+
+
+def stop_after_s(cluster: Cluster) -> int | None:
+    """Seconds after its start at which a run asks itself to stop, early enough to save; None: never."""
+    return None if cluster.time_limit_min is None else max(1, cluster.time_limit_min * 60 - stop_lead_s(cluster))

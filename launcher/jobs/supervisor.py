@@ -161,8 +161,8 @@ def supervise(
         environment=machine.environment(),
         log=run.logs(attempt, machine.name) / f"agent-{node.rank}.log",
     )
-    limit = recipe.cluster.time_limit_min
-    deadline = None if limit is None else started + stop_after_s(limit)
+    limit = stop_after_s(recipe.cluster)
+    deadline = None if limit is None else started + limit
     for _ in _ticks(lambda: agent.done() or signals.at_once):
         _pass_on_stop(run, signals, deadline, console.say)
         console.poll()

@@ -14,6 +14,7 @@ from launcher.jobs.spec import JobSpec, job_spec, stop_after_s
 from launcher.jobs.targets import TARGETS, render
 from launcher.plan import make_plan
 from launcher.recipe.check import load
+from launcher.recipe.schema import Cluster
 from launcher.shipped import folder
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -25,7 +26,8 @@ ONE_NODE = JobSpec(
 TWO_NODES = JobSpec(
     name="big", nodes=2, nproc_per_node=8, argv=("-m", "launcher.trainer", "/shared/runs/big"),
     env={"NCCL_DEBUG": "WARN", "MESSAGE": "it's"}, env_names=("WANDB_API_KEY", "HF_TOKEN"),
-    setup=("module load cuda/13", "source /opt/venv/bin/activate"), time_limit_min=60, files={"recipe.yaml": "{}\n"},
+    setup=("module load cuda/13", "source /opt/venv/bin/activate"), time_limit_min=60,
+    stop_lead_s=300, files={"recipe.yaml": "{}\n"},
 )  # fmt: skip
 
 
@@ -111,4 +113,4 @@ def test_unknown_target_names_those_that_exist():
 
 @pytest.mark.parametrize(("minutes", "seconds"), [(1, 54), (10, 540), (50, 2700), (720, 42900)])
 def test_stop_is_asked_a_tenth_before_the_limit_but_at_most_five_minutes(minutes, seconds):
-    assert stop_after_s(minutes) == seconds
+    assert stop_after_s(Cluster(time_limit_min=minutes)) == seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 
-from launcher.jobs.spec import ENDPOINT, JobSpec, Rendered, stop_after_s
+from launcher.jobs.spec import ENDPOINT, JobSpec, Rendered
 
 JOIN_TIMEOUT_S = 3600  # other nodes wait for node 0, whose first act is to prepare the data
 
@@ -73,7 +73,7 @@ def _rendezvous() -> list[str]:
 
 def _time_limit(spec: JobSpec) -> list[str]:
     """A timer that asks for checkpoint-and-stop shortly before the limit, and ends with the ranks."""
-    seconds = stop_after_s(spec.time_limit_min or 0)
+    seconds = max(1, (spec.time_limit_min or 0) * 60 - spec.stop_lead_s)
     request = shlex.quote(f"{spec.argv[-1]}/control/stop-request")
     wait = f"for ((s = 0; s < {seconds}; s++)); do sleep 1; kill -0 $$ 2>/dev/null || exit; done"
     return [f"( {wait}; echo 'time limit' > {request} ) &"]
