@@ -1,4 +1,7 @@
-"""How an attempt ended, judged from what its ranks said and how they died: status, class, cause, exit code."""
+"""How an attempt ended, judged from what its ranks said and how they died: status, class, cause, exit code.
+
+Whether the run is started again is decided in `launcher.jobs.restart`.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,23 @@ from typing import Literal
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from launcher.run.control import Outcome, Verdict
 
-Status = Literal["finished", "preempted", "failed"]
+Status = Literal["finished", "preempted", "failed", "cancelled"]
 
 # what ranks say when another has gone, the least telling last: never the cause while somebody names a better one
 _CONSEQUENCES = ("unknown", None, "preemption", "communication")
-_REQUEUE = ("communication", "node", "hang", "preemption")  # these may go well the next time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
     """How an attempt ended.
 
-    status: finished, preempted (stopped with a durable checkpoint or before the first step, start again) or failed
-    failure_class: of `Outcome`, None when it finished
+    status: finished, preempted (stopped with a durable checkpoint or before the first step, start again), failed, or
+        cancelled by a person
+    failure_class: of `Outcome`, or `cancelled`; None when it finished
     step: last optimizer step that a rank told of, None if none did
     rank: the one that failed first, with its node, message and traceback
+    for_good: no restart whatever the class, as when a person ended it at once
+    verdict, why: whether it is started again, once that is decided
     """
 
     status: Status
@@ -33,18 +38,27 @@ class Ending:
     node: str = ""
     message: str = ""
     traceback: str = ""
+    for_good: bool = False
+    verdict: Verdict | None = None
+    why: str = ""
 
     @property
     def exit_code(self) -> int:
-        if self.status == "failed":
-            return EXIT_USER_ERROR if self.failure_class == "user" else EXIT_FAILED
-        return EXIT_FINISHED if self.status == "finished" else EXIT_PREEMPTED
+        """Of `launcher run`: 75 says that nothing is lost."""
+        if self.status == "finished":
+            return EXIT_FINISHED
+        if self.status == "preempted":
+            return EXIT_PREEMPTED
+        return EXIT_USER_ERROR if self.failure_class == "user" else EXIT_FAILED
 
     @property
-    def verdict(self) -> Verdict:
-        """For a scheduler's script: whether to start the run again."""
-        again = self.status == "preempted" or (self.status == "failed" and self.failure_class in _REQUEUE)
-        return "requeue" if again else "stop"
+    def worker_exit_code(self) -> int:
+        """Of `launcher worker`, for a scheduler that knows no files: 75 asks for another start, whatever the class."""
+        if self.verdict is None or self.status == "finished":
+            return self.exit_code
+        if self.verdict == "requeue":
+            return EXIT_PREEMPTED
+        return EXIT_USER_ERROR if self.failure_class == "user" else EXIT_FAILED
 
 
 def judge(outcomes: Mapping[int, Outcome], died: Mapping[int, str], *, ranks: range) -> Ending:

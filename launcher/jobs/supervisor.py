@@ -1,6 +1,6 @@
 """One attempt of a run on this node, from lease to exit code: prepare, ranks under torch's agent, outcomes, verdict.
 
-Restarts are new attempts of the whole run, decided from the outcomes; nothing is restarted in place.
+Restarts are new attempts of the whole run, decided in `launcher.jobs.restart`; nothing is restarted in place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from launcher.errors import EXIT_FINISHED, UserError
-from launcher.jobs import warm
+from launcher.jobs import restart, warm
 from launcher.jobs.agent import Agent, Node
 from launcher.jobs.console import Console
 from launcher.jobs.devices import accelerator, threads_per_rank
@@ -80,7 +80,7 @@ def launch(recipe: Recipe, *, force: bool, console: Console, reason: str = "run"
                     return EXIT_FINISHED
                 attempt = begin(run, recipe, plan, reason=reason)
             ending = supervise(run, recipe, plan, attempt, Node(), machine, console, signals, started=started)
-            conclude(run, attempt, ending)
+            ending = conclude(run, attempt, ending)
             if ending.failure_class == "user":
                 discard_if_fresh(run, attempt)
     tell(run, attempt, ending, console)
@@ -124,8 +124,8 @@ def ready_machine(recipe: Recipe, say: Callable[[str], None]) -> Machine:
 
 def begin(run: RunDirectory, recipe: Recipe, plan: Plan, *, reason: str, target: str = "local") -> int:
     """Start an attempt in the ledger and keep the job as text beside it; the caller holds the lease."""
-    clear_stop(run)
     attempt = start_attempt(run, target=target, job_id=str(os.getpid()), nodes=[socket.gethostname()], reason=reason)
+    restart.forget_stop(run, attempt)
     job = run.job(attempt)
     job.mkdir(parents=True, exist_ok=True)
     for name, text in render(job_spec(recipe, plan), target="torchrun").files.items():
@@ -172,7 +172,9 @@ def supervise(
         _end_ranks(agent, grace_s=0)
         console.close()
         lost = "the work since the last checkpoint is lost"
-        return Ending(status="failed", failure_class="unknown", message=f"ended at once by a second Ctrl-C; {lost}")
+        return Ending(
+            status="failed", failure_class="unknown", message=f"ended at once by a second Ctrl-C; {lost}", for_good=True
+        )
     console.close()
     try:
         died = agent.failures()
@@ -203,14 +205,19 @@ def prepared(run: RunDirectory, recipe: Recipe, console: Console, signals: Signa
     return None
 
 
-def conclude(run: RunDirectory, attempt: int, ending: Ending) -> None:
-    """Write how the attempt ended: ledger, state where its ranks could not, verdict.
+def conclude(run: RunDirectory, attempt: int, ending: Ending) -> Ending:
+    """Decide whether the run is started again, and write how the attempt ended: ledger, state, verdict.
 
     What cannot be written, though the reserve is given up for it, is said on standard error in one line.
+
+    Returns:
+        The ending with the verdict, and as `cancelled` where a person did that meanwhile.
     """
+    ending = restart.concluded(run, attempt, ending)
 
     def write_end() -> None:
-        end_attempt(run, attempt, step=ending.step, outcome_class=ending.failure_class or ending.status)
+        outcome_class = ending.failure_class or ending.status
+        end_attempt(run, attempt, step=ending.step, outcome_class=outcome_class, verdict=ending.verdict, why=ending.why)
 
     def write_last_state() -> None:
         said = read_json(run.state_file) or {}
@@ -218,6 +225,7 @@ def conclude(run: RunDirectory, attempt: int, ending: Ending) -> None:
             write_state(run, ending.status, attempt=attempt, step=ending.step, message=ending.message)
 
     def write_last_verdict() -> None:
+        assert ending.verdict is not None
         write_verdict(run, ending.verdict, attempt=attempt)
 
     lost = {}
@@ -226,7 +234,7 @@ def conclude(run: RunDirectory, attempt: int, ending: Ending) -> None:
         try:
             insist(write, run.reserve)
         except StaleAttempt:
-            return  # cut off, and started again elsewhere: the run is not ours to speak for
+            return ending  # cut off, and started again elsewhere: the run is not ours to speak for
         except OSError as error:
             lost[name] = error.strerror or str(error)
     give_up(run.reserve)
@@ -235,6 +243,7 @@ def conclude(run: RunDirectory, attempt: int, ending: Ending) -> None:
     if lost:
         reasons = ", ".join(sorted(set(lost.values())))
         print(f"warning: {run.path}: {', '.join(lost)} could not be written ({reasons})", file=sys.stderr)
+    return ending
 
 
 def tell(run: RunDirectory, attempt: int, ending: Ending, console: Console) -> None:
@@ -244,6 +253,8 @@ def tell(run: RunDirectory, attempt: int, ending: Ending, console: Console) -> N
     step = f" at step {ending.step}" if ending.step is not None else ""
     if ending.status == "finished":
         console.say(f"finished{step}: {run.path}")
+    elif ending.status == "cancelled":
+        console.say(f"cancelled{step}. Go on with: launcher resume {run.path}")
     elif ending.status == "preempted":
         why = f" ({ending.message})" if ending.message else ""
         console.say(f"stopped{step}{why}. Go on with: launcher resume {run.path}")

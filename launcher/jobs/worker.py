@@ -17,6 +17,7 @@ from launcher.jobs.console import Console
 from launcher.jobs.ending import Ending
 from launcher.jobs.opening import open_run, owned, stored_recipe
 from launcher.jobs.rendezvous import address, require_free_port
+from launcher.jobs.restart import refusal
 from launcher.jobs.signals import Signals
 from launcher.jobs.supervisor import begin, conclude, is_finished, prepared, ready_machine, supervise, tell
 from launcher.plan import make_plan
@@ -51,7 +52,7 @@ def work(run: RunDirectory, *, nodes: int | None, node_rank: int, rendezvous: st
                 open_run(run, recipe, plan, force=False, say=console.say)
                 store = _host(node)
                 attempt = begin(run, recipe, plan, reason="worker")
-                ending = prepared(run, recipe, console, signals)
+                ending = refusal(run, attempt) or prepared(run, recipe, console, signals)
                 if store is not None:
                     store.set(
                         _KEY, json.dumps([attempt, shared.leave_token(run), ending and dataclasses.asdict(ending)])
@@ -59,9 +60,9 @@ def work(run: RunDirectory, *, nodes: int | None, node_rank: int, rendezvous: st
                     ending = ending or _missing(store, node, signals)
                 if ending is None:
                     ending = supervise(run, recipe, plan, attempt, node, machine, console, signals, started=started)
-                conclude(run, attempt, ending)
+                ending = conclude(run, attempt, ending)
     tell(run, attempt, ending, console)
-    return ending.exit_code
+    return ending.worker_exit_code
 
 
 def _node(nodes: int, rank: int, rendezvous: str | None) -> Node:

@@ -34,16 +34,19 @@ class Attempt:
     """One start of a run, as its two ledger lines tell.
 
     number: from 1; target, job_id: who started it and under which name (None: by hand)
+    restart: how often its scheduler had started the job again before, 0 at first; None: not known
     nodes: host names, or their count where the names are not known yet
     reason: why it was started; accepts: names of the checkpoint folders that counted then
     time, end_time: Unix seconds on the host that wrote the line, for people only
     ended: whether there is an `end` line; without one it runs or was killed
-    end_step, end_class: last finished step; `finished` or the class of its failure, as `Outcome.failure_class`
+    end_step, end_class: last finished step; `finished`, `cancelled` or the class of its failure, as in `Outcome`
+    end_verdict, end_why: whether it was to be started again, and why (None, empty: written by launcher 0.2 or older)
     """
 
     number: int
     target: str = ""
     job_id: str | None = None
+    restart: int | None = None
     nodes: Any = None
     reason: str = ""
     accepts: tuple[str, ...] = ()
@@ -55,6 +58,8 @@ class Attempt:
     end_step: int | None = None
     end_class: str | None = None
     end_time: float | None = None
+    end_verdict: str | None = None
+    end_why: str = ""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -66,7 +71,9 @@ class CheckpointRef:
     path: Path
 
 
-def start_attempt(run: RunDirectory, *, target: str, job_id: str | None, nodes: Any, reason: str) -> int:
+def start_attempt(
+    run: RunDirectory, *, target: str, job_id: str | None, nodes: Any, reason: str, restart: int | None = None
+) -> int:
     """Begin the next attempt, durably; the caller holds the lease. The verdict of the attempt before is cleared.
 
     Returns:
@@ -77,25 +84,37 @@ def start_attempt(run: RunDirectory, *, target: str, job_id: str | None, nodes: 
         # folders count too: a number must not come back even if the ledger was lost
         number = 1 + max([latest_attempt(run), *(attempt for _, attempt, _ in _folders(run))])
         line = {
-            "kind": "start", "attempt": number, "target": target, "job_id": job_id, "nodes": nodes, "reason": reason,
-            "accepts": accepts, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(),
-            "launcher_version": __version__,
+            "kind": "start", "attempt": number, "target": target, "job_id": job_id, "restart": restart,
+            "nodes": nodes, "reason": reason, "accepts": accepts, "time": time.time(),
+            "host": socket.gethostname(), "pid": os.getpid(), "launcher_version": __version__,
         }  # fmt: skip
         append_line(run.ledger_file, line)
         (run.control / "verdict").unlink(missing_ok=True)
     return number
 
 
-def end_attempt(run: RunDirectory, attempt: int, *, step: int | None, outcome_class: str | None) -> None:
+def end_attempt(
+    run: RunDirectory,
+    attempt: int,
+    *,
+    step: int | None,
+    outcome_class: str | None,
+    verdict: str | None = None,
+    why: str = "",
+) -> None:
     """Write down how an attempt ended; a late line of an older attempt is about that attempt alone.
 
     Args:
         outcome_class: the class of its failure, None when it reached its last step; the words of outcomes and states
             serve too: `finished`, and `stopped` or `preempted` for `preemption`
+        verdict, why: whether the run is to be started again, as `launcher.jobs.restart` decided
     """
     with ledger_lock(run):
         outcome_class = _CLASS_OF.get(outcome_class, outcome_class)
-        line = {"kind": "end", "attempt": attempt, "step": step, "class": outcome_class, "time": time.time()}
+        line = {
+            "kind": "end", "attempt": attempt, "step": step, "class": outcome_class, "verdict": verdict, "why": why,
+            "time": time.time(),
+        }  # fmt: skip
         append_line(run.ledger_file, line)
 
 
@@ -192,9 +211,13 @@ def _folders(run: RunDirectory) -> list[tuple[int, int, Path]]:
 
 
 def _attempt(start: dict[str, Any], end: dict[str, Any] | None) -> Attempt:
-    end_fields = {f"end_{key}": end.get(key) for key in ("step", "class", "time")} if end else {}
+    end_fields: dict[str, Any] = {}
+    if end is not None:
+        end_fields = {f"end_{key}": end.get(key) for key in ("step", "class", "time", "verdict")}
+        end_fields["end_why"] = end.get("why") or ""
     return Attempt(
-        number=start["attempt"], target=start.get("target", ""), job_id=start.get("job_id"), nodes=start.get("nodes"),
+        number=start["attempt"], target=start.get("target", ""), job_id=start.get("job_id"),
+        restart=start.get("restart"), nodes=start.get("nodes"),
         reason=start.get("reason", ""), accepts=tuple(start.get("accepts", ())), time=start.get("time"),
         host=start.get("host", ""), pid=start.get("pid"), launcher_version=start.get("launcher_version", ""),
         ended=end is not None, **end_fields,

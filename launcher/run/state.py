@@ -11,7 +11,7 @@ from launcher.run.directory import RunDirectory
 from launcher.run.files import read_json, write_atomic
 from launcher.run.ledger import Attempt, StaleAttempt, attempts, fenced
 
-STATUSES = ("running", "preempted", "finished", "failed")
+STATUSES = ("running", "preempted", "finished", "failed", "cancelled")
 
 __all__ = ["STATUSES", "StaleAttempt", "State", "reached_end", "read_state", "write_state"]
 
@@ -20,7 +20,8 @@ __all__ = ["STATUSES", "StaleAttempt", "State", "reached_end", "read_state", "wr
 class State:
     """Where a run stands.
 
-    status: running, preempted, finished or failed; `queued` before the first attempt, `starting` before its first word
+    status: running, preempted, finished, failed or cancelled; `queued` before the first attempt, `starting` before its
+        first word
     attempt: of which attempt this is, 0 if there is none
     step: optimizer steps finished, None if not known
     time: Unix seconds on the host that wrote it, for people only
@@ -80,5 +81,7 @@ def _from_ledger(latest: Attempt | None) -> State:
         return State(status="queued", attempt=0)
     if not latest.ended:
         return State(status="starting", attempt=latest.number, time=latest.time)
-    status = {"finished": "finished", "preemption": "preempted"}.get(latest.end_class or "", "failed")
+    status = {"finished": "finished", "preemption": "preempted", "cancelled": "cancelled"}.get(
+        latest.end_class or "", "failed"
+    )
     return State(status=status, attempt=latest.number, step=latest.end_step, time=latest.end_time)

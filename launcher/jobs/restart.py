@@ -1,0 +1,205 @@
+"""Whether a run is started again: decided by the class of its end, budgets by class, and whether it gets on (L10).
+
+The ledger is what is counted: the starts of one job (one submission), the newest last. A start that left no `end` line
+died without a word and counts as `node`. Whoever starts the run under another job id begins a new count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from launcher.errors import UserError
+from launcher.jobs.ending import Ending
+from launcher.recipe.schema.restart import Restart
+from launcher.run.control import Verdict, clear_stop, stop_reason
+from launcher.run.directory import RunDirectory, parse_checkpoint_name
+from launcher.run.ledger import Attempt, attempts, valid_checkpoints
+
+BUDGETS = ("node", "communication", "hang", "unknown")  # classes with a key in cluster.restart
+CANCEL = "cancel"  # how the reason of a stop request begins that is for good
+BY_HAND = "local"  # the target of a start that no scheduler made, so that nobody counts how often
+_OUTLIVED = ("preemption", "communication", "node", "unknown")  # classes of an end that a cancel itself may have caused
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The word for the scheduler's script, and why, for people."""
+
+    verdict: Verdict
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start of a job.
+
+    end: the class of its end; silent: it left no word of it
+    progress: it left a newer checkpoint than it began with
+    """
+
+    number: int
+    end: str
+    silent: bool
+    progress: bool
+
+
+def concluded(run: RunDirectory, attempt: int, ending: Ending) -> Ending:
+    """An ending as it counts and with its verdict; its `end` line is not yet written."""
+    ending = _cancelled(run, ending)
+    limits = _limits(run)
+    try:
+        decision = decide(run, attempt, ending, limits)
+    except OSError:  # the ledger cannot be read, so nothing can be counted
+        decision = by_class(ending, limits)
+    return replace(ending, verdict=decision.verdict, why=decision.why)
+
+
+def decide(run: RunDirectory, attempt: int, ending: Ending, limits: Restart) -> Decision:
+    """What is to happen after an attempt that ended so, while its `end` line is not yet written.
+
+    Raises:
+        OSError: the ledger cannot be read; `by_class` decides without it.
+    """
+    job = _job_of(run, attempt)
+    ends = {attempt: ending.failure_class or ending.status}
+    starts = _starts(job, reached=_newest_checkpoint(run), ends=ends)
+    return by_class(ending, limits, starts, by_hand=bool(job) and job[-1].target == BY_HAND)
+
+
+def by_class(ending: Ending, limits: Restart, starts: Sequence[Start] = (), *, by_hand: bool = False) -> Decision:
+    """The decision, given the starts of the job with the one that ended last; none: it is taken for the first."""
+    if ending.status in ("finished", "cancelled"):
+        return Decision("stop", ending.message or ending.status)
+    if ending.for_good:
+        return Decision("stop", ending.message)
+    kind = ending.failure_class or "unknown"
+    if kind not in ("preemption", *BUDGETS):
+        return Decision("stop", f"{kind}: another start would end the same way")
+    if by_hand and kind == "unknown":
+        return Decision("stop", "unknown: started by hand, where nobody counts how often")
+    starts = starts or (Start(1, kind, silent=False, progress=True),)
+    if (limit := _limit_reached(starts, limits)) is not None:
+        return Decision("stop", limit)
+    if kind == "preemption":
+        at = "before its first step" if ending.step is None else f"with a checkpoint of step {ending.step}"
+        return Decision("requeue", f"preemption: stopped {at}")
+    return Decision("requeue", f"{kind}: restart {len(_of_class(starts, kind))} of {getattr(limits, kind)}")
+
+
+def refusal(run: RunDirectory, attempt: int) -> Ending | None:
+    """How a restart that has just begun ends at once: its job is cancelled, or the starts before it reached a limit.
+
+    Needed beside `decide`: Slurm requeues the job of a lost node without asking for a verdict, and the job that a
+    person cancelled while its node was being lost.
+    """
+    *before, latest = _job_of(run, attempt)
+    if not before:
+        return None
+    if (reason := _cancel_reason(run)) is not None:
+        return Ending(status="cancelled", failure_class="cancelled", message=reason)
+    starts = _starts(before, reached=_newest_accepted(latest), ends={})
+    if starts[-1].end not in ("preemption", *BUDGETS) or (limit := _limit_reached(starts, _limits(run))) is None:
+        return None
+    message = f"not started again: {limit}. A new submission, or launcher resume {run.path}, counts afresh"
+    return Ending(status="failed", failure_class=starts[-1].end, message=message, for_good=True)
+
+
+def forget_stop(run: RunDirectory, attempt: int) -> None:
+    """A new start takes back what was asked of the one before, but a job that was cancelled does not come back."""
+    if _cancel_reason(run) is None or len(_job_of(run, attempt)) < 2:
+        clear_stop(run)
+
+
+def _cancelled(run: RunDirectory, ending: Ending) -> Ending:
+    """The ending as it counts where a person has cancelled the job meanwhile."""
+    reason = _cancel_reason(run)
+    by_itself = ending.status == "failed" and ending.failure_class not in _OUTLIVED
+    if reason is None or ending.status == "finished" or by_itself:
+        return ending
+    return replace(ending, status="cancelled", failure_class="cancelled", message=reason, traceback="")
+
+
+def _cancel_reason(run: RunDirectory) -> str | None:
+    reason = stop_reason(run)
+    return reason if reason is not None and reason.startswith(CANCEL) else None
+
+
+def _limits(run: RunDirectory) -> Restart:
+    """`cluster.restart` of the run's own recipe."""
+    try:
+        values = run.read_recipe().get("cluster", {}).get("restart", {})
+    except (OSError, UserError):
+        values = {}
+    known = {f.name for f in fields(Restart)}
+    return Restart(**{key: value for key, value in values.items() if key in known})
+
+
+def _limit_reached(starts: Sequence[Start], limits: Restart) -> str | None:
+    """Which limit the last start has reached, and by which starts; None if the run may go on."""
+    kind = starts[-1].end
+    if kind in BUDGETS and len(same := _of_class(starts, kind)) > (budget := getattr(limits, kind)):
+        restarts = "restart" if budget == 1 else "restarts"
+        return f"{kind}: cluster.restart.{kind} allows {budget} {restarts}, used up by {_named(same)}"
+    still = len(starts)
+    while still and not starts[still - 1].progress:
+        still -= 1
+    if len(idle := starts[still:]) >= limits.no_progress:
+        key = f"cluster.restart.no_progress = {limits.no_progress}"
+        return f"no progress: {_named(idle)} left no newer checkpoint ({key})"
+    return None
+
+
+def _of_class(starts: Sequence[Start], kind: str) -> list[Start]:
+    return [start for start in starts if start.end == kind]
+
+
+def _named(starts: Sequence[Start]) -> str:
+    """`attempts 2 (unknown), 3 (died without a word)`"""
+    said = (f"{start.number} ({'died without a word' if start.silent else start.end})" for start in starts)
+    return f"attempt{'s' * (len(starts) > 1)} {', '.join(said)}"
+
+
+def _job_of(run: RunDirectory, number: int) -> list[Attempt]:
+    """The starts of the job that an attempt belongs to, up to that one: without a break, each a later restart."""
+    known = [attempt for attempt in attempts(run) if attempt.number <= number]
+    job = known[-1:]
+    for earlier in reversed(known[:-1]):
+        if not _is_restart(job[0], earlier):
+            break
+        job.insert(0, earlier)
+    return job
+
+
+def _is_restart(later: Attempt, earlier: Attempt) -> bool:
+    """Whether a scheduler started the later one again, and no person did under the same job id."""
+    if later.job_id is None or (later.target, later.job_id) != (earlier.target, earlier.job_id):
+        return False
+    return later.restart is None or earlier.restart is None or later.restart > earlier.restart
+
+
+def _starts(job: Sequence[Attempt], *, reached: int, ends: dict[int, str]) -> list[Start]:
+    """The starts with their ends and whether they got on.
+
+    reached: step of the newest checkpoint after the last one
+    ends: of attempts whose `end` line is not yet written
+    """
+    after = [*(_newest_accepted(attempt) for attempt in job[1:]), reached]
+    return [
+        Start(
+            attempt.number,
+            end=ends.get(attempt.number) or (attempt.end_class if attempt.ended else None) or "node",
+            silent=not attempt.ended and attempt.number not in ends,
+            progress=step > _newest_accepted(attempt),
+        )
+        for attempt, step in zip(job, after, strict=True)
+    ]
+
+
+def _newest_accepted(attempt: Attempt) -> int:
+    """Step of the newest checkpoint that counted when an attempt began; 0 if there was none."""
+    return max((found[0] for name in attempt.accepts if (found := parse_checkpoint_name(name))), default=0)
+
+
+def _newest_checkpoint(run: RunDirectory) -> int:
+    return max((checkpoint.step for checkpoint in valid_checkpoints(run)), default=0)
