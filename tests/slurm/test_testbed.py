@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.make import descendants, lives, until
+from tests.slurm import testbed
 from tests.slurm.testbed import FREEZER, Slurm, Unavailable, output, slurm
 
 pytestmark = pytest.mark.gloo
@@ -74,6 +75,14 @@ with slurm(nodes=1) as cluster:
         assert not Path(folder).exists()
         assert bridge not in output("ip", "-o", "link")
         assert not (FREEZER / bridge).exists()
+
+
+def test_a_machine_with_cgroup_v2_alone_will_do(monkeypatch):
+    monkeypatch.setattr(testbed, "FREEZER", Path("/sys/fs/cgroup/freezer-is-not-here"))
+    with slurm(nodes=1) as cluster:
+        assert "linuxproc" in cluster.command("scontrol", "show", "config")
+        job = cluster.command("sbatch", "--parsable", "--output=/dev/null", "--wrap=srun hostname")
+        cluster.wait_for(job, "COMPLETED")
 
 
 def test_a_machine_that_cannot_says_why(monkeypatch):

@@ -213,7 +213,7 @@ class Slurm:
         texts = {
             "slurm.conf": "\n".join(lines) + "\n",
             "gres.conf": "AutoDetect=off\n" + devices,
-            "cgroup.conf": "CgroupAutomount=no\n",  # without this file no job starts
+            "cgroup.conf": "CgroupPlugin=cgroup/v1\n",  # without it no job starts; it loads where there is only v2, too
             "hosts": f"127.0.0.1 localhost\n{self.network}.1 head\n{hosts}",
         }
         for name, text in texts.items():
