@@ -263,6 +263,8 @@ def tell(run: RunDirectory, attempt: int, ending: Ending, console: Console) -> N
             console.say(ending.traceback.rstrip())
         who = "" if ending.rank is None else f" by rank {ending.rank}" + (f" on {ending.node}" if ending.node else "")
         console.say(f"failed{step}{who} ({ending.failure_class}): {ending.message}")
+        if ending.verdict is not None and not ending.for_good:
+            console.say(f"verdict: {ending.verdict} ({ending.why})")
         console.say(f"logs: launcher logs {run.path}, files in {run.path / 'logs' / f'attempt-{attempt}'}")
 
 
