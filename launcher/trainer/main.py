@@ -135,6 +135,7 @@ def _train(run: RunDirectory, attempt: int, progress: dict[str, Any]) -> Literal
     from launcher.trainer import distributed
     from launcher.trainer.assembly import assemble
     from launcher.trainer.loop import train
+    from launcher.trainer.preflight import preflight
 
     recipe = from_dict(run.read_recipe())
     ranks = distributed.Ranks.from_environment()
@@ -145,6 +146,8 @@ def _train(run: RunDirectory, attempt: int, progress: dict[str, Any]) -> Literal
     if ranks.rank == 0:
         print(said, flush=True)
     joined = distributed.join(device, ranks)
+    if recipe.cluster.preflight and (ranks.world_size > 1 or device.type == "cuda"):
+        preflight(run, attempt, ranks=ranks, device=device, node=node_name())
     training = assemble(
         run, recipe, attempt=attempt, ranks=ranks, device=device, stop_asked=lambda: stop_asked(run, ranks.rank)
     )

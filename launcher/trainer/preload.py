@@ -17,6 +17,7 @@ MODULES: list[str] = [
     "launcher.trainer.main",
     "launcher.trainer.assembly",
     "launcher.trainer.loop",
+    "launcher.trainer.preflight",
     "launcher.trainer.model",
     "launcher.trainer.engines.ddp",
     "launcher.trainer.engines.fsdp2",
