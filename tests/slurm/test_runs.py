@@ -1,0 +1,218 @@
+"""Runs on a real Slurm: whatever interrupts them, they end as if nothing had; and what must not come back does not.
+
+All share one cluster of four nodes and one recipe (tests/slurm/make.py). A test holds a run at a step before it acts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from launcher.run.ledger import attempts, valid_checkpoints
+from tests.jobs.make import losses, until
+from tests.slurm.make import HELD, STEPS, Site, last_step, story
+from tests.slurm.testbed import slurm
+
+pytestmark = pytest.mark.gloo
+
+
+@pytest.fixture(scope="module")
+def cluster_and_project(tmp_path_factory) -> Iterator[Site]:
+    with slurm() as cluster:
+        yield Site(cluster, tmp_path_factory.mktemp("slurm"))
+
+
+@pytest.fixture
+def site(cluster_and_project) -> Iterator[Site]:
+    yield cluster_and_project
+    cluster_and_project.tidy()
+
+
+def test_l4_two_nodes_end_like_one_and_their_logs_are_found(site):
+    job = site.submit("plain")
+    site.wait_for(job, "COMPLETED")
+    site.assert_exact("plain")
+    run = site.run("plain")
+    assert story(run) == [(1, 0, "finished")]
+    assert {path.parent.name + "/" + path.name for path in run.path.glob("logs/attempt-1/*/[0-9].log")} == {
+        "node1/0.log", "node1/1.log", "node2/2.log", "node2/3.log",
+    }  # fmt: skip
+    assert f"step {STEPS}/{STEPS}" in site.call("logs", run.path)
+    status = json.loads(site.call("status", run.path, "--json"))
+    assert (status["status"], status["step"]) == ("finished", STEPS)
+    assert f"slurm  {job}" in site.call("status", run.path)
+    assert "finished" in site.call("runs", run.path.parent)
+
+
+def test_l9_a_warning_signal_saves_requeues_and_ends_exactly(site):
+    """As Slurm sends it before the time limit: to the batch script alone."""
+    site.hold("warned")
+    job = site.submit("warned")
+    site.wait_until_held("warned", job)
+    site.cluster.command("scancel", "--batch", "--signal=USR1", job)
+    site.wait_for(job, "PENDING", "REQUEUED")
+    site.release("warned")
+    run = site.run("warned")
+    assert valid_checkpoints(run)[-1].step not in (0, 4, 8, STEPS)
+    assert json.loads(site.call("status", run.path, "--json"))["status"] in ("preempted-will-return", "queued")
+    site.wait_for(job, "COMPLETED")
+    site.assert_exact("warned")
+    assert story(run) == [(1, 0, "preemption"), (2, 1, "finished")]
+    assert {attempt.job_id for attempt in attempts(run)} == {job}
+    assert "preemption" in site.call("status", run.path, "--history")
+
+
+@pytest.mark.slow
+def test_l9_the_time_limit_itself_saves_requeues_and_ends_exactly(site):
+    """The signal comes early or late, as Slurm's clock has it; the run is held until it does."""
+    site.hold("timed")
+    job = site.submit("timed", "cluster.time_limit_min=1", "cluster.stop_lead_s=30")
+    site.wait_until_held("timed", job)
+    site.wait_for(job, "PENDING", "REQUEUED")
+    site.release("timed")
+    site.wait_for(job, "COMPLETED")
+    site.assert_exact("timed")
+    assert story(site.run("timed")) == [(1, 0, "preemption"), (2, 1, "finished")]
+
+
+def test_l9_a_job_that_is_more_urgent_has_the_nodes_and_gives_them_back(site):
+    site.hold("modest")
+    job = site.submit("modest")
+    site.wait_until_held("modest", job)
+    urgent = site.cluster.command(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null",
+        "--wrap=srun sleep 600",
+    )  # fmt: skip
+    site.wait_for(urgent, "RUNNING")
+    site.release("modest")
+    assert site.cluster.job(job)["JobState"] == "PENDING"
+    run = site.run("modest")
+    assert json.loads(site.call("status", run.path, "--json"))["status"] in ("preempted-will-return", "queued")
+    site.cluster.command("scancel", urgent)
+    site.wait_for(job, "COMPLETED")
+    site.assert_exact("modest")
+    assert story(run) == [(1, 0, "preemption"), (2, 1, "finished")]
+
+
+def test_l10_what_a_person_cancels_stays_cancelled(site):
+    """By Slurm's own command, and by ours, which asks for a checkpoint first."""
+    for name in ("theirs", "ours"):
+        site.hold(name)
+    theirs, ours = site.submit("theirs"), site.submit("ours")
+    site.wait_until_held("theirs", theirs)
+    site.wait_until_held("ours", ours)
+    site.cluster.command("scancel", theirs)
+    site.call("cancel", site.run("ours").path)
+    for name, job in (("theirs", theirs), ("ours", ours)):
+        site.wait_for(job, "CANCELLED", "COMPLETED", "FAILED")
+        fields = site.cluster.job(job)
+        assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0"), (name, fields)
+        status = json.loads(site.call("status", site.run(name).path, "--json"))
+        assert status["status"] == "cancelled", (name, status)
+    assert site.cluster.command("squeue", "--noheader") == ""
+
+
+def test_l4_a_run_that_loses_a_node_ends_exactly_on_others(site):
+    site.hold("lossy")
+    job = site.submit("lossy")
+    site.wait_until_held("lossy", job)
+    _, lost = site.node_of(job)
+    site.cluster.cut(lost, "link")
+    site.wait_for(job, "PENDING")
+    site.release("lossy")
+    site.wait_for(job, "COMPLETED")
+    assert lost not in site.node_of(job)
+    site.assert_exact("lossy")
+    first, *_, last = attempts(site.run("lossy"))
+    assert (first.restart, last.restart, last.end_class) == (0, 1, "finished")
+
+
+def test_l11_a_copy_on_a_node_that_was_cut_off_commits_nothing(site):
+    """Its node keeps the file system but not the network: it trains on beside the one that Slurm started elsewhere."""
+    site.hold("twin")  # both, the new one too
+    job = site.submit("twin", "cluster.nodes=1", "cluster.nproc_per_node=4")
+    site.wait_until_held("twin", job)
+    (lost,) = site.node_of(job)
+    site.cluster.cut(lost, "link")
+    site.wait_for(job, "PENDING")
+    site.wait_for(job, "RUNNING")
+    site.wait_until_held("twin", job, attempt=2)
+    assert site.cluster.runs(lost, "slurmstepd")  # the old copy lives
+    site.hold("twin", node=site.node_of(job)[0])
+    site.release("twin")  # the old copy alone
+    run = site.run("twin")
+    until("the old copy's end", lambda: any((run.control / "outcome").glob("1-*.json")), timeout_s=240)
+    assert {checkpoint.attempt for checkpoint in valid_checkpoints(run) if checkpoint.step > 4} <= {2}
+    site.release("twin", node=site.node_of(job)[0])
+    site.wait_for(job, "COMPLETED")
+    site.assert_exact("twin")
+    site.cluster.heal(lost)
+    assert {checkpoint.attempt for checkpoint in valid_checkpoints(run)} <= {1, 2}
+    assert valid_checkpoints(run)[-1].attempt == 2
+    assert site.cluster.job(job)["JobState"] == "COMPLETED"
+    assert site.cluster.job(job)["Restarts"] == "1"
+
+
+def test_l10_a_users_mistake_is_not_tried_again_and_is_told(site):
+    (site.folder / "broken.jsonl").write_text('{"messages": [{"role": "user", "content": "no end\n')
+    job = site.submit("wrong", f"data.train=[{{path: {site.folder}/broken.jsonl}}]")
+    site.wait_for(job, "FAILED")
+    assert site.cluster.job(job)["Restarts"] == "0"
+    told = site.call("status", site.run("wrong").path)
+    assert "failed" in told
+    assert "broken.jsonl" in told
+    assert "stop" in site.call("status", site.run("wrong").path, "--history")
+
+
+def test_a_sweep_is_an_array_whose_runs_come_back_one_by_one(site):
+    """Only the warned one is requeued, though an array's elements share a number."""
+    site.hold("sweep-1e-2")
+    site.call(
+        "submit", site.recipe, "--sweep", "optimizer.lr=1e-2,2e-2,3e-2", "run.name=sweep", "cluster.nodes=1",
+        "cluster.nproc_per_node=1",
+    )  # fmt: skip
+    runs = sorted(path for path in (site.folder / "runs").iterdir() if path.name.startswith("sweep"))
+    assert len(runs) == 3
+
+
+def test_what_slurm_would_refuse_is_refused_before_anything_is_queued(site):
+    wrong = {
+        "cluster.nodes=9": "nodes",
+        "cluster.slurm.partition=nowhere": "partition",
+        "cluster.slurm.gres=gpu:3": "gres",
+    }
+    for change, word in wrong.items():
+        told = site.call("submit", site.recipe, "run.name=refused", change, code=2)
+        assert word in told.lower(), told
+    assert not site.run("refused").exists()
+    assert site.cluster.command("squeue", "--noheader") == ""
+
+
+def test_l4_one_task_a_rank_ends_like_one_agent_a_node(site):
+    job = site.submit("tasks", "cluster.slurm.tasks=gpu")
+    site.wait_for(job, "COMPLETED")
+    site.assert_exact("tasks")
+
+
+def test_l4_a_plain_srun_in_an_allocation_ends_like_all(site):
+    run = site.run("by-hand")
+    recipe = site.folder / "by-hand.yaml"
+    recipe.write_text(site.recipe.read_text())
+    site.cluster.command(
+        "salloc",
+        "--nodes=2",
+        "--quiet",
+        "srun",
+        "--ntasks-per-node=1",
+        "launcher",
+        "worker",
+        run.path,
+        "--recipe",
+        recipe,
+    )
+    site.assert_exact("by-hand")
+
+
+_ = (losses, last_step, HELD)
