@@ -15,6 +15,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "run": ("launcher.cli.run", "Train here; resumes if the run exists."),
     "resume": ("launcher.cli.resume", "Go on with a run, with changes listed."),
     "render": ("launcher.cli.render", "Print the job a recipe would submit; submit nothing."),
+    "submit": ("launcher.cli.submit", "Hand a run's job to a scheduler, or start it in the background."),
+    "cancel": ("launcher.cli.cancel", "Stop a run for good, submitted or in a terminal."),
     "worker": ("launcher.cli.worker", "One node's part of a job, as schedulers start it."),
     "show": ("launcher.cli.show", "Print the composed recipe; --origin says where each value came from."),
     "check": ("launcher.cli.check", "Say everything that is wrong with recipes."),

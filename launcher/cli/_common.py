@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.errors import UserError, nearest
 from launcher.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from launcher.recipe.schema import Recipe
 
 RUNS_DIR = "runs"  # where runs lie unless run.dir says otherwise
 
@@ -27,6 +31,53 @@ def find_run(text: str) -> RunDirectory:
     names = [path.parent.name for path in folder.glob("*/run.json")]
     hint = nearest(Path(text).name, names) or f"Runs in {folder}/: {', '.join(sorted(names)[:10]) or 'none'}."
     raise UserError(f"no run '{text}': neither a path nor a name below {RUNS_DIR}/. {hint}")
+
+
+def find_submitted(text: str) -> tuple[RunDirectory, Path]:
+    """The run that a person names, and where its submissions are remembered: elsewhere for runs of other machines.
+
+    Raises:
+        UserError: there is no such run, here or among those.
+    """
+    from launcher.jobs.submissions import state_folder, submissions
+
+    kept = state_folder(Path(text).name)
+    known = submissions(kept)
+    try:
+        run = find_run(text)
+        return run, (kept if known and known[-1].job.run == run.path.absolute() else run.path)
+    except UserError:
+        if not known or ("/" in text.rstrip("/") and known[-1].job.run != Path(text)):
+            raise
+    return RunDirectory(known[-1].job.run), kept
+
+
+def load_for_target(text: str, overrides: Sequence[str], target: str | None) -> Recipe:
+    """A recipe, or the one of a run, checked with the rules of the target that it, or --target, names.
+
+    Raises:
+        UserError: there is neither, or everything that is wrong with it.
+    """
+    from launcher.jobs import targets
+    from launcher.jobs.opening import stored_recipe
+    from launcher.recipe.check import load
+    from launcher.recipe.presets import recipe_file
+
+    if target is not None:
+        targets.require(target)
+        overrides = [*overrides, f"cluster.target={target}"]
+    rules = [targets.problems]
+    if recipe_file(text) is not None or text.endswith((".yaml", ".yml")):
+        return load(text, overrides, rules=rules).recipe
+    try:
+        run, place = find_submitted(text)
+    except UserError as error:
+        raise UserError(f"'{text}' is neither a recipe nor a run. As a run: {error}") from None
+    if run.exists():
+        return stored_recipe(run, overrides, rules=rules)
+    from launcher.jobs.submissions import submissions
+
+    return load(submissions(place)[-1].job.folder / "recipe.yaml", overrides, new=False, rules=rules).recipe
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,8 @@ from launcher.errors import Problem
 from launcher.jobs.spec import JobSpec, Rendered
 
 State = Literal["queued", "starting", "running", "preempted-will-return", "finished", "failed", "cancelled", "unknown"]
+ACTIVE: tuple[State, ...] = ("queued", "starting", "running", "preempted-will-return")  # the job is still to end
+OVER: tuple[State, ...] = ("finished", "failed", "cancelled")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,10 @@ class Finding:
 
 
 class Target(Protocol):
-    """What a module in `launcher.jobs.targets` offers; none imports a scheduler's library before it is called."""
+    """What a module in `launcher.jobs.targets` offers; none imports a scheduler's library before it is called.
+
+    One whose tool answers for many jobs in one call may also offer `statuses(jobs: Sequence[Job]) -> list[JobStatus]`.
+    """
 
     def problems(self, spec: JobSpec) -> Iterator[Problem]:
         """What of the recipe this target cannot do: keys and values alone, no look at the machine."""
@@ -81,7 +86,9 @@ class Target(Protocol):
         """
 
     def cancel(self, job: Job) -> None:
-        """End the job for good; it does not come back.
+        """End the job for good, with a checkpoint if the target leaves the time; it does not come back.
+
+        `launcher cancel` has written a stop request that begins with `cancel`, where it sees the run directory.
 
         Raises:
             UserError: the target refused.

@@ -12,7 +12,7 @@ from launcher.jobs.changes import PLACE, Change, changes, identity
 from launcher.jobs.preparation import total_steps
 from launcher.plan import Plan
 from launcher.plan.batch import empty_slots
-from launcher.recipe.check import load
+from launcher.recipe.check import Rule, load
 from launcher.recipe.schema import Recipe, to_dict
 from launcher.run.directory import RunDirectory
 from launcher.run.lease import hold_lease
@@ -118,8 +118,10 @@ def discard_if_fresh(run: RunDirectory, attempt: int) -> None:
         shutil.rmtree(run.path)
 
 
-def stored_recipe(run: RunDirectory, overrides: Sequence[str] = ()) -> Recipe:
+def stored_recipe(run: RunDirectory, overrides: Sequence[str] = (), *, rules: Sequence[Rule] = ()) -> Recipe:
     """A run's own recipe with changes, its place being where it lies now.
+
+    rules: the caller's own, beside those of every recipe
 
     Raises:
         RecipeError: what is wrong with the result; UserError: a change of place.
@@ -127,6 +129,6 @@ def stored_recipe(run: RunDirectory, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         if (key := override.partition("=")[0].strip()) in ("run", *PLACE):
             raise UserError(f"{key}: a run's place is its directory, {run.path}: move the directory to rename it.")
-    recipe = load(run.recipe_file, overrides, new=False).recipe
+    recipe = load(run.recipe_file, overrides, new=False, rules=rules).recipe
     recipe.run.dir, recipe.run.name = str(run.path.parent), run.path.name
     return recipe

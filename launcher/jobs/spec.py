@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +65,31 @@ def job_spec(recipe: Recipe, plan: Plan) -> JobSpec:
         "plan.json": json.dumps(plan.to_dict(), indent=2) + "\n",
         settings_file(recipe): json.dumps(engine_settings(recipe, plan), indent=2) + "\n",
     }
-    return JobSpec(
-        name=recipe.run.name,
-        run=str(Path(recipe.run.dir, recipe.run.name).absolute()),
-        cluster=recipe.cluster,
+    return replace(
+        bare_spec(recipe),
         nodes=plan.nodes,
         nproc_per_node=plan.nproc_per_node,
-        argv=("-m", "launcher.trainer", str(Path(recipe.run.dir, recipe.run.name).absolute())),
+        files=files,
+        accelerate=accelerate.config(recipe, plan),
+    )
+
+
+def bare_spec(recipe: Recipe) -> JobSpec:
+    """The job without what follows from the plan: enough to say what a target cannot do, of a faulty recipe too."""
+    name = recipe.run.name or ""
+    run = str(Path(recipe.run.dir, name).absolute())
+    return JobSpec(
+        name=name,
+        run=run,
+        cluster=recipe.cluster,
+        nodes=recipe.cluster.nodes,
+        nproc_per_node=recipe.cluster.nproc_per_node,
+        argv=("-m", "launcher.trainer", run),
         env=_environment(recipe),
         env_names=tuple(recipe.cluster.env),
         setup=tuple(recipe.cluster.setup),
         time_limit_min=recipe.cluster.time_limit_min,
         stop_lead_s=stop_lead_s(recipe.cluster),
-        files=files,
-        accelerate=accelerate.config(recipe, plan),
     )
 
 

@@ -17,27 +17,36 @@ from launcher.recipe.tree import within
 Rule = Callable[[Recipe], Iterator[Problem]]
 
 
-def load(path: Path | str, overrides: Sequence[str] = (), *, new: bool = True) -> Composed:
+def load(
+    path: Path | str, overrides: Sequence[str] = (), *, new: bool = True, rules: Sequence[Rule] = ()
+) -> Composed:
     """A recipe that may be planned and run: composed, checked, its run named, its paths absolute.
 
     path: a YAML file, or the bare name of a shipped recipe; overrides: `key=value` arguments
     new: False for the recipe in a run directory: LAUNCHER_CLUSTER does not change it again, and its global batch need
         not divide by the ranks there are now (missing slots become rows of weight 0)
+    rules: the caller's own, beside those that hold for every recipe
     Raises:
         RecipeError: every problem of composition and every broken rule, each with key, value, fix and place.
     """
     drafted = draft(path, overrides, resolved=not new)
-    problems = check(drafted.composed, broken=drafted.broken, lost=drafted.lost, new=new)
+    recipe = drafted.composed.recipe
+    if recipe.run.name is None:
+        recipe.run.name = drafted.composed.path.stem
+    problems = check(drafted.composed, broken=drafted.broken, lost=drafted.lost, new=new, rules=rules)
     if problems := [*drafted.problems, *problems]:
         raise RecipeError(in_order(problems), shown(drafted.composed.path))
-    recipe = drafted.composed.recipe
-    recipe.run.name = recipe.run.name or drafted.composed.path.stem
     make_absolute(recipe)
     return drafted.composed
 
 
 def check(
-    composed: Composed, *, broken: Collection[str] = (), lost: Collection[str] = (), new: bool = True
+    composed: Composed,
+    *,
+    broken: Collection[str] = (),
+    lost: Collection[str] = (),
+    new: bool = True,
+    rules: Sequence[Rule] = (),
 ) -> list[Problem]:
     """Every broken rule, inside a section and between sections; nothing that rests on a key in `broken` or a wrong one.
 
@@ -47,7 +56,7 @@ def check(
     broken = {*broken, *(key for key in (*composed.origins, *lost) if within(key, lost) and not composed.where(key))}
     problems = _news(composed, check_sections(composed.recipe), broken)
     wrong = {*broken, *(problem.key for problem in problems)}
-    for rule in RULES:
+    for rule in (*RULES, *rules):
         if new or rule is not sizes.batch:
             problems += _news(composed, rule(composed.recipe), wrong)
     if not problems and not broken:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
+from launcher.errors import Problem
+from launcher.jobs.job import Finding, Job
 from launcher.jobs.spec import ENDPOINT, JobSpec, Rendered
+from launcher.jobs.targets import process
+from launcher.jobs.targets.process import cancel, logs, status
 from launcher.jobs.targets.script import command, rendezvous_conf, scripts
 
+__all__ = ["cancel", "logs", "problems", "render", "status", "submit", "validate"]
+
 FILE = "accelerate.yaml"
+
+
+def problems(spec: JobSpec) -> Iterator[Problem]:
+    """Every recipe can be started so."""
+    yield from ()
 
 
 def render(spec: JobSpec) -> Rendered:
@@ -19,6 +32,20 @@ def render(spec: JobSpec) -> Rendered:
     return scripts(replace(spec, files={**spec.files, FILE: text}), starter="accelerate", start=_start)
 
 
+def validate(spec: JobSpec, rendered: Rendered, folder: Path) -> Iterator[Finding]:
+    """Whether bash reads the scripts, and accelerate is here."""
+    return process.look(spec, rendered, package="accelerate")
+
+
+def submit(spec: JobSpec, rendered: Rendered, folder: Path) -> Job:
+    """Start `job.sh` here in the background.
+
+    Raises:
+        UserError: it is a job of several nodes, or something that it needs is not here.
+    """
+    return process.start(spec, rendered, folder, target="accelerate")
+
+
 def _start(spec: JobSpec, node: int) -> list[str]:
     options = [f"--config_file {FILE}"]
     if spec.nodes > 1:  # what differs from node to node, and what accelerate reads from the command line alone
@@ -27,7 +54,7 @@ def _start(spec: JobSpec, node: int) -> list[str]:
             f'--main_process_ip "${{{ENDPOINT}%:*}}"',
             f'--main_process_port "${{{ENDPOINT}##*:}}"',
             "--rdzv_backend c10d",
-            f"--rdzv_conf {rendezvous_conf(node)}",
+            f"--rdzv_conf {rendezvous_conf(spec, node)}",
         ]
     enter = 'cd "$here"  # accelerate looks for the files that its configuration names where it is started'
-    return [enter, command("exec accelerate launch", *options, shlex.join(spec.argv))]
+    return [enter, command("accelerate launch", *options, shlex.join(spec.argv))]

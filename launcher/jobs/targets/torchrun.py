@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from pathlib import Path
 
+from launcher.errors import Problem
+from launcher.jobs.job import Finding, Job
 from launcher.jobs.spec import ENDPOINT, JobSpec, Rendered
+from launcher.jobs.targets import process
+from launcher.jobs.targets.process import cancel, logs, status
 from launcher.jobs.targets.script import command, rendezvous_conf, scripts
+
+__all__ = ["cancel", "logs", "problems", "render", "status", "submit", "validate"]
+
+
+def problems(spec: JobSpec) -> Iterator[Problem]:
+    """Every recipe can be started so."""
+    yield from ()
 
 
 def render(spec: JobSpec) -> Rendered:
     """`job.sh`, or `node-0.sh`, `node-1.sh`, ... of which each node runs its own."""
     return scripts(spec, starter="torchrun", start=_start)
+
+
+def validate(spec: JobSpec, rendered: Rendered, folder: Path) -> Iterator[Finding]:
+    """Whether bash reads the scripts, and torchrun is here."""
+    return process.look(spec, rendered, package="torch")
+
+
+def submit(spec: JobSpec, rendered: Rendered, folder: Path) -> Job:
+    """Start `job.sh` here in the background.
+
+    Raises:
+        UserError: it is a job of several nodes, or something that it needs is not here.
+    """
+    return process.start(spec, rendered, folder, target="torchrun")
 
 
 def _start(spec: JobSpec, node: int) -> list[str]:
@@ -24,6 +51,6 @@ def _start(spec: JobSpec, node: int) -> list[str]:
             "--rdzv-backend=c10d",
             f'--rdzv-endpoint="${ENDPOINT}"',
             f"--rdzv-id={shlex.quote(spec.name)}",
-            f"--rdzv-conf={rendezvous_conf(node)}",
+            f"--rdzv-conf={rendezvous_conf(spec, node)}",
         ]
-    return [command(f"exec torchrun {options[0]}", *options[1:], shlex.join(spec.argv))]
+    return [command(f"torchrun {options[0]}", *options[1:], shlex.join(spec.argv))]

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Run big: node 1 of 2, 8 ranks started by accelerate.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 module load cuda/13
 source /opt/venv/bin/activate
 : "${WANDB_API_KEY:?cluster.env names it, but cluster.setup has run and left it unset}"
@@ -10,6 +9,7 @@ source /opt/venv/bin/activate
 export MESSAGE='it'"'"'s'
 export NCCL_DEBUG=WARN
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > 8 ? $(nproc) / 8 : 1 ))}"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here"  # accelerate looks for the files that its configuration names where it is started
 exec accelerate launch \
   --config_file accelerate.yaml \

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Run big: node 0 of 2, 8 ranks started by torchrun.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 module load cuda/13
 source /opt/venv/bin/activate
 : "${WANDB_API_KEY:?cluster.env names it, but cluster.setup has run and left it unset}"
@@ -10,6 +9,7 @@ source /opt/venv/bin/activate
 export MESSAGE='it'"'"'s'
 export NCCL_DEBUG=WARN
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > 8 ? $(nproc) / 8 : 1 ))}"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # Node 0's first act: the run directory and the data, once the port is free.
 python -m launcher.jobs.begin "$here/recipe.yaml" "$LAUNCHER_RENDEZVOUS"
 ( for ((s = 0; s < 3300; s++)); do sleep 1; kill -0 $$ 2>/dev/null || exit; done; echo 'time limit' > /shared/runs/big/control/stop-request ) &

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Run big: node 1 of 2, 8 ranks started by torchrun.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 module load cuda/13
 source /opt/venv/bin/activate
 : "${WANDB_API_KEY:?cluster.env names it, but cluster.setup has run and left it unset}"

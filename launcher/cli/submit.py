@@ -1,0 +1,76 @@
+"""`launcher submit`: hands the job that `launcher render` shows to its target."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from launcher.cli._common import load_for_target
+
+if TYPE_CHECKING:
+    from launcher.jobs.submit import Submitted
+
+VERSION = 1
+
+
+@click.command(short_help="Hand a run's job to a scheduler, or start it in the background.")
+@click.argument("recipe", metavar="RECIPE|RUN")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
+@click.option("--target", help="torchrun, accelerate, slurm, ray or kubernetes.  [default: cluster.target]")
+@click.option("--wait", is_flag=True, help="Follow the job to its end, and end with its code as `launcher run` does.")
+@click.option("--force", is_flag=True, help="Go on even where the recipe has become that of another run.")
+@click.option("--json", "as_json", is_flag=True, help="Print one object (docs/json.md).")
+def command(recipe: str, overrides: tuple[str, ...], target: str | None, wait: bool, force: bool, as_json: bool) -> int:
+    """Submit a recipe, or a run that is to go on, after every check; wait for nothing unless told to.
+
+    What is submitted is what `launcher render` shows, kept in the run's job/submission-N. A run whose last job is
+    still queued or running is refused. Targets torchrun and accelerate start the job in the background on this
+    machine.
+
+    \b
+    example: launcher submit recipes/tiny-cpu.yaml train.max_steps=50
+    example: launcher submit runs/big cluster.time_limit_min=720 --target slurm --wait
+    """
+    from launcher.jobs.submit import submit
+
+    submitted = submit(
+        load_for_target(recipe, overrides, target), force=force, say=lambda text: click.echo(text, err=as_json)
+    )
+    if submitted is None:
+        return 0
+    click.echo(json.dumps(_object(submitted), indent=2) if as_json else _text(submitted))
+    if not wait:
+        return 0
+    from launcher.jobs.following import follow
+
+    try:
+        return follow(submitted.job, lambda text: click.echo(text, err=as_json))
+    except KeyboardInterrupt:
+        click.echo(f"the job goes on; it is stopped by: launcher cancel {submitted.job.run}", err=True)
+        return 130
+
+
+def _object(submitted: Submitted) -> dict[str, object]:
+    job = submitted.job
+    return {
+        "version": VERSION, "run": job.run.name, "path": str(job.run), "place": str(submitted.place),
+        "target": job.target, "id": job.id, "folder": str(job.folder), "more": dict(job.more),
+        "validation": [asdict(finding) for finding in submitted.findings],
+    }  # fmt: skip
+
+
+def _text(submitted: Submitted) -> str:
+    job = submitted.job
+    name = job.run if submitted.place == job.run else job.run.name
+    lines = [
+        *(f"{f.what}: not looked at: {f.text}" for f in submitted.findings if f.state == "skipped"),
+        f"submitted {job.run}: {job.target} job {job.id}",
+        f"  files:  {job.folder}",
+        f"  look:   launcher status {name}",
+        f"          launcher logs {name} --job",
+        f"  stop:   launcher cancel {name}",
+    ]
+    return "\n".join(lines)

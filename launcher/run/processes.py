@@ -1,0 +1,37 @@
+"""Which process a pid means: it counts together with its start and the running kernel, since pids are used again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def boot_id() -> str:
+    """The running kernel's; empty where it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def start_of(pid: int) -> int | None:
+    """Start time of a live process, clock ticks since boot; None if there is none, or it is a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    rest = text.rpartition(")")[2].split()  # the name before may hold blanks and brackets
+    return None if rest[0] in "ZX" else int(rest[19])  # fields 3 and 22 of proc(5)
+
+
+def lives(pid: int, start: int | None) -> bool:
+    """Whether the process that had this pid and start is there, on this kernel; a zombie is not."""
+    if os.path.exists("/proc/self/stat"):
+        return start_of(pid) == start
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
