@@ -32,6 +32,7 @@ from launcher.run.control import clear_stop, read_outcomes, request_stop, write_
 from launcher.run.directory import RunDirectory
 from launcher.run.files import read_json
 from launcher.run.ledger import end_attempt, start_attempt
+from launcher.run.provenance import record_beside, recorded
 from launcher.run.reserve import give_up, insist, keep_back
 from launcher.run.state import StaleAttempt, reached_end, write_state
 
@@ -130,6 +131,7 @@ def begin(run: RunDirectory, recipe: Recipe, plan: Plan, *, reason: str, target:
     job.mkdir(parents=True, exist_ok=True)
     for name, text in render(job_spec(recipe, plan), target="torchrun").files.items():
         (job / name).write_text(text)
+    record_beside(job)
     write_state(run, "running", attempt=attempt, step=None)
     keep_back(run.reserve)
     return attempt
@@ -215,6 +217,7 @@ def conclude(run: RunDirectory, attempt: int, ending: Ending) -> Ending:
     """
     ending = restart.concluded(run, attempt, ending)
 
+    recorded()
     def write_end() -> None:
         outcome_class = ending.failure_class or ending.status
         end_attempt(run, attempt, step=ending.step, outcome_class=outcome_class, verdict=ending.verdict, why=ending.why)
