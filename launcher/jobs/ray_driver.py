@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cluster=cluster,
             job=given.job_id or _submission_id() or f"{Path(given.run).name}-{os.getpid()}",
             first_restart=given.restart,
-            folder=os.getcwd() if local else None,
+            folder=given.folder or (os.getcwd() if local else None),
         )
         try:
             return Driver(ray, task, stop).drive()
@@ -76,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launcher.jobs.ray_driver", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="directory of the run, as every node sees it; made if it is absent")
     parser.add_argument("--recipe", required=True, metavar="FILE", help="the resolved recipe, where the driver starts")
+    parser.add_argument(
+        "--folder", help="where the workers run, from the directory of Ray's own processes  [default: there]"
+    )
     parser.add_argument(
         "--job-id", default=os.environ.get("LAUNCHER_JOB_ID"), help="stays over restarts  [default: Ray's submission]"
     )
