@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.errors import UserError, nearest
 from launcher.run.directory import RunDirectory
@@ -85,6 +85,14 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def job_line(job: Mapping[str, Any] | None, *, always_reason: bool = False) -> str:
+    """`slurm 4711 queued (Priority)`; a reason where the state alone says too little, or always."""
+    if job is None:
+        return "-"
+    tells = always_reason or job["state"] not in ("running", "finished", "cancelled")
+    return f"{job['target']} {job['id']} {job['state']}" + (f" ({job['reason']})" if job["reason"] and tells else "")
 
 
 def clock(seconds: float | None) -> str:

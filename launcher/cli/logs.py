@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import click
 
-from launcher.cli._common import find_run
+from launcher.cli._common import find_run, find_submitted
 from launcher.errors import UserError
 from launcher.run.directory import RunDirectory
 from launcher.run.ledger import attempts
@@ -27,13 +27,25 @@ _BLOCK = 1 << 16
 @click.option("--node", help="Needed only where several nodes kept a log of this rank.")
 @click.option("--follow", is_flag=True, help="Go on with what is written, until the attempt ends.")
 @click.option("--lines", type=click.IntRange(min=0), help="Only the last so many.  Default: all.")
-def command(run: str, rank: int, attempt: int | None, node: str | None, follow: bool, lines: int | None) -> None:
-    """Print what a rank printed; changes nothing.
+@click.option("--job", is_flag=True, help="What the last submitted job printed itself, in place of a rank's log.")
+def command(
+    run: str, rank: int, attempt: int | None, node: str | None, follow: bool, lines: int | None, job: bool
+) -> None:
+    """Print what a rank printed, or the job that started the ranks; changes nothing.
 
+    \b
     example: launcher logs quickstart --rank 1 --lines 50
+    example: launcher logs quickstart --job
     """
     from launcher.run.lease import current_owner
 
+    if job:
+        if rank or attempt is not None or node is not None or follow:
+            raise UserError(
+                "--job prints a job's own output: --rank, --attempt, --node and --follow are for ranks' logs."
+            )
+        _print_job(run, lines)
+        return
     directory = find_run(run)
     known = attempts(directory)
     if not known:
@@ -59,6 +71,22 @@ def command(run: str, rank: int, attempt: int | None, node: str | None, follow: 
                 time.sleep(_POLL_S)
     except KeyboardInterrupt:
         return
+
+
+def _print_job(text: str, lines: int | None) -> None:
+    from collections import deque
+
+    from launcher.jobs import targets
+    from launcher.jobs.submissions import latest
+
+    run, place = find_submitted(text)
+    if (job := latest(place)) is None:
+        raise UserError(
+            f"{run.path}: nothing was submitted, so there is no job's output. Its ranks' logs: launcher logs"
+        )
+    printed = targets.find(job.target).logs(job)
+    for line in printed if lines is None else deque(printed, maxlen=lines):
+        click.echo(line)
 
 
 def _wait_for_log(

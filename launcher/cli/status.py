@@ -9,23 +9,74 @@ from typing import Any
 
 import click
 
-from launcher.cli._common import clock, columns, find_run, progress
+from launcher.cli._common import clock, columns, find_submitted, job_line, progress
 
 
 @click.command("status")
 @click.argument("run")
+@click.option("--history", is_flag=True, help="One line an attempt: why it started, what it did, how it ended.")
 @click.option("--json", "as_json", is_flag=True, help="Print the shape of docs/json.md.")
-def command(run: str, as_json: bool) -> None:
-    """Say how a run stands: state, step, attempts, the first failing rank; changes nothing.
+def command(run: str, history: bool, as_json: bool) -> None:
+    """Say how a run stands: its job, state, step, attempts, the first failing rank; changes nothing.
 
-    RUN is a path, or a name below runs/.
+    RUN is a path, or a name below runs/. The target of its last job is asked.
 
+    \b
     example: launcher status runs/quickstart
+    example: launcher status runs/quickstart --history
     """
-    from launcher.run.summary import summarise
+    from launcher.jobs.asking import summaries
 
-    summary = summarise(find_run(run))
-    click.echo(json.dumps(summary, indent=2) if as_json else "\n".join(_lines(summary)))
+    (summary,) = summaries([find_submitted(run)])
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+    else:
+        click.echo("\n".join(_history(summary) if history else _lines(summary)))
+
+
+def _history(summary: dict[str, Any]) -> Iterator[str]:
+    if not summary["attempts"]:
+        yield f"{summary['run']}: no attempt yet; {_job(summary) or 'nothing was submitted'}"
+        return
+    heading = (
+        "attempt", "started", "job", "restart", "nodes", "steps", "lasted", "ended", "verdict", "why",
+    )  # fmt: skip
+    yield columns([heading, *(_past(attempt, attempt is summary["attempts"][-1]) for attempt in summary["attempts"])])
+
+
+def _past(attempt: dict[str, Any], latest: bool) -> tuple[str, ...]:
+    end = attempt["end"] or {}
+    job = " ".join(str(attempt[key]) for key in ("target", "job_id") if attempt[key])
+    last = "?" if attempt["last_step"] is None else attempt["last_step"]
+    ended = end.get("class") or ("-" if latest else "no word")
+    why = end.get("why") or (f"started: {attempt['reason']}" if latest and not end else "")
+    return (
+        str(attempt["number"]), clock(attempt["time"]), job or "-", _or_dash(attempt["restart"]),
+        _nodes(attempt["nodes"]), f"{attempt['first_step']} -> {last}", _lasted(attempt["time"], end.get("time")),
+        ended, end.get("verdict") or "-", why or "-",
+    )  # fmt: skip
+
+
+def _or_dash(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _nodes(nodes: Any) -> str:
+    """Their names, or how many where they are many."""
+    if not isinstance(nodes, list):
+        return _or_dash(nodes)
+    return ",".join(nodes) if len(nodes) <= 2 else f"{nodes[0]} and {len(nodes) - 1} more"
+
+
+def _lasted(start: float | None, end: float | None) -> str:
+    if start is None or end is None:
+        return "-"
+    seconds = max(0, round(end - start))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _job(summary: dict[str, Any]) -> str:
+    return job_line(summary["job"], always_reason=True) if summary["job"] else ""
 
 
 def _lines(summary: dict[str, Any]) -> Iterator[str]:
@@ -36,6 +87,8 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
     yield f"state       {summary['status']}, {step}; {clock(summary['updated'])}"
     if remark := _remark(summary):
         yield f"            {remark}"
+    if job := _job(summary):
+        yield f"job         {job}, submitted {clock(summary['job']['time'])}"
     if summary["stop_requested"] is not None:
         yield f"stop asked  {summary['stop_requested'] or 'no reason given'}"
     checkpoint = summary["last_checkpoint"]
@@ -50,7 +103,11 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _remark(summary: dict[str, Any]) -> str:
+    from launcher.jobs.job import ACTIVE
+
     owner = summary["owner"]
+    if summary["status"] == "interrupted" and (summary["job"] or {}).get("state") in ACTIVE:
+        return "its last start is gone without a last word; its job is still to run"
     if summary["status"] == "interrupted":
         return f"its launcher is gone without a last word; `launcher resume {summary['path']}` goes on"
     if summary["status"] == "unknown":
@@ -69,8 +126,12 @@ def _attempt(attempt: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _failure(failure: dict[str, Any]) -> Iterator[str]:
+    from launcher.jobs.cures import cure
+
     who = "the launcher" if failure["rank"] is None else f"rank {failure['rank']}"
     where = f" on {failure['node']}" if failure["node"] else ""
     yield f"first failure: {who}{where}: {failure['class']}: {failure['message']}"
     if failure["traceback"]:
         yield failure["traceback"].rstrip()
+    if advice := cure(failure["message"], failure["traceback"] or ""):
+        yield f"what to do: {advice}"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 from launcher.jobs import targets
 from launcher.jobs.job import Job, JobStatus
+from launcher.jobs.submissions import Submission, submissions
+from launcher.run.directory import RunDirectory
+from launcher.run.summary import summarise
 
 _AT_ONCE = 8
 
@@ -37,3 +42,48 @@ def _ask(name: str, jobs: Sequence[Job]) -> Sequence[JobStatus]:
             return list(pool.map(target.status, jobs))
     except Exception as error:  # a missing library, a scheduler's tool that prints something new
         return [JobStatus("unknown", f"{type(error).__name__}: {error}")] * len(jobs)
+
+
+def summaries(runs: Sequence[tuple[RunDirectory, Path]], *, ask_targets: bool = True) -> list[dict[str, Any]]:
+    """How runs stand (docs/json.md), each with its last job and what the job's target says of it.
+
+    runs: each with the place where its submissions lie
+    ask_targets: False: no target is asked, and a job that the ledger has not seen the end of is `unknown`
+    """
+    found = [summarise(run) for run, _ in runs]
+    last = [next(reversed(submissions(place)), None) for _, place in runs]
+    known = [_settled(one.job, summary) if one is not None else None for one, summary in zip(last, found, strict=True)]
+    open_ones = [one.job for one, status in zip(last, known, strict=True) if one is not None and status is None]
+    answers = iter(ask(open_ones) if ask_targets else [JobStatus("unknown", "not asked")] * len(open_ones))
+    for (run, _), summary, one, status in zip(runs, found, last, known, strict=True):
+        if one is None:
+            summary["job"] = None
+            continue
+        summary["job"] = _shape(one, status or next(answers))
+        if not run.exists():
+            summary.update(path=str(run.path), updated=one.time, status=_as_run(summary["job"]["state"]))
+    return found
+
+
+def _as_run(state: str) -> str:
+    """A job's state in the words of a run whose directory cannot be seen from here."""
+    return "preempted" if state == "preempted-will-return" else state
+
+
+def _settled(job: Job, summary: Mapping[str, Any]) -> JobStatus | None:
+    """How a job ended for good, as the run's own ledger says; None while only its target can tell."""
+    of_it = [attempt for attempt in summary["attempts"] if attempt["job_id"] == job.id]
+    end = of_it[-1]["end"] if of_it else None
+    if end is None:
+        return None
+    if end["class"] in ("finished", "cancelled"):
+        return JobStatus(end["class"], f"attempt {of_it[-1]['number']}")
+    return JobStatus("failed", f"{end['class']}: {end['why']}") if end["verdict"] == "stop" else None
+
+
+def _shape(submission: Submission, status: JobStatus) -> dict[str, Any]:
+    job = submission.job
+    return {
+        "target": job.target, "id": job.id, "state": status.state, "reason": status.reason, "nodes": status.nodes,
+        "submission": submission.number, "folder": str(job.folder), "time": submission.time, "host": submission.host,
+    }  # fmt: skip

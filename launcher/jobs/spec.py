@@ -32,6 +32,7 @@ class JobSpec:
     stop_lead_s: seconds before that limit at which it is asked to, and what a preempted one is given
     files: name to text, stored beside what a target renders
     accelerate: what Accelerate's configuration file says of this job, for the target that writes one
+    submission: number of this hand-over among the run's, for targets whose jobs need names of their own
     """
 
     name: str
@@ -47,6 +48,7 @@ class JobSpec:
     stop_lead_s: int = 300
     files: Mapping[str, str] = field(default_factory=dict)
     accelerate: Mapping[str, Any] = field(default_factory=dict)
+    submission: int = 1
 
 
 @dataclass(frozen=True, slots=True)

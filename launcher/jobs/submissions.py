@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from launcher.errors import UserError
 from launcher.jobs.job import Job
 from launcher.jobs.spec import JobSpec
+from launcher.run.directory import RunDirectory
 from launcher.run.files import append_line, read_lines
 
 _LOCAL_HOSTS = (None, "", "localhost", "127.0.0.1", "::1")
@@ -53,8 +54,19 @@ def elsewhere(spec: JobSpec) -> bool:
 
 def state_folder(name: str) -> Path:
     """What this user keeps here about a run whose directory is elsewhere; it need not exist."""
+    return _states() / name
+
+
+def known_elsewhere() -> list[tuple[RunDirectory, Path]]:
+    """The runs that this user submitted to where their directory is not seen from here, each with its place."""
+    places = sorted(_states().iterdir()) if _states().is_dir() else []
+    last = ((place, latest(place)) for place in places)
+    return [(run, place) for place, job in last if job is not None and not (run := RunDirectory(job.run)).exists()]
+
+
+def _states() -> Path:
     home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(home, "launcher", "runs", name)
+    return Path(home, "launcher", "runs")
 
 
 @contextmanager
@@ -83,14 +95,16 @@ def _lock(handle: int, place: Path) -> None:
         raise UserError(f"{place}: another `launcher submit` of this run is at work. Wait for its end.") from None
 
 
+def next_number(place: Path) -> int:
+    """The number of the next submission of a place, from 1."""
+    folders = (place / "job").iterdir() if (place / "job").is_dir() else ()
+    return 1 + max([0, *map(_number, folders), *(one.number for one in submissions(place))])
+
+
 def new_folder(place: Path) -> Path:
     """A fresh `job/submission-N` below a place."""
-    (place / "job").mkdir(parents=True, exist_ok=True)
-    number = 1 + max(
-        [0, *(_number(path) for path in (place / "job").iterdir()), *(s.number for s in submissions(place))]
-    )
-    folder = place / "job" / f"submission-{number}"
-    folder.mkdir()
+    folder = place / "job" / f"submission-{next_number(place)}"
+    folder.mkdir(parents=True)
     return folder
 
 

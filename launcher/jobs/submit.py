@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.errors import UserError
@@ -46,7 +46,6 @@ def submit(recipe: Recipe, *, force: bool, say: Say) -> Submitted | None:
     """
     plan, run = make_plan(recipe), run_directory(recipe)
     spec, target = job_spec(recipe, plan), targets.find(recipe.cluster.target)
-    rendered = target.render(spec)
     place = submissions.place_for(spec)
     if reached_end(run) and agrees(run, recipe):
         say(f"{run.path} is finished; a larger train.max_steps or train.epochs would lengthen it.")
@@ -56,6 +55,8 @@ def submit(recipe: Recipe, *, force: bool, say: Say) -> Submitted | None:
         if not submissions.elsewhere(spec):
             with owned(run):
                 open_run(run, recipe, plan, force=force, say=say)
+        spec = replace(spec, submission=submissions.next_number(place))
+        rendered = target.render(spec)
         with _folder(place, rendered) as folder:
             findings = list(target.validate(spec, rendered, folder))
             _require_valid(findings, spec.cluster.target)

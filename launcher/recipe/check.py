@@ -17,9 +17,7 @@ from launcher.recipe.tree import within
 Rule = Callable[[Recipe], Iterator[Problem]]
 
 
-def load(
-    path: Path | str, overrides: Sequence[str] = (), *, new: bool = True, rules: Sequence[Rule] = ()
-) -> Composed:
+def load(path: Path | str, overrides: Sequence[str] = (), *, new: bool = True, rules: Sequence[Rule] = ()) -> Composed:
     """A recipe that may be planned and run: composed, checked, its run named, its paths absolute.
 
     path: a YAML file, or the bare name of a shipped recipe; overrides: `key=value` arguments

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.run.control import first_failure, read_outcomes, read_verdict, stop_reason
-from launcher.run.directory import RunDirectory
+from launcher.run.directory import RunDirectory, parse_checkpoint_name
 from launcher.run.files import parse_lines, read_json
 from launcher.run.lease import current_owner
 from launcher.run.ledger import Attempt, CheckpointRef, attempts, valid_checkpoints
@@ -20,11 +20,15 @@ _TAIL_BYTES = 1 << 16  # some hundred lines of metrics
 _LONG_TAIL_BYTES = 1 << 22  # for attempts that were killed: read in some hundredths of a second
 
 
+def runs_in(folder: Path) -> list[RunDirectory]:
+    """The runs in a folder, by name."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return [run for name in names if (run := RunDirectory(folder / name)).exists()]
+
+
 def list_runs(folder: Path) -> list[dict[str, Any]]:
     """Summaries of the runs in a folder, the last changed first."""
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    found = [summarise(run) for name in names if (run := RunDirectory(folder / name)).exists()]
-    return sorted(found, key=lambda summary: -(summary["updated"] or 0.0))
+    return sorted(map(summarise, runs_in(folder)), key=lambda summary: -(summary["updated"] or 0.0))
 
 
 def summarise(run: RunDirectory) -> dict[str, Any]:
@@ -81,11 +85,17 @@ def _total_steps(run: RunDirectory, state: State) -> int | None:
 
 
 def _attempt(attempt: Attempt, logged: Any) -> dict[str, Any]:
-    end = {"step": attempt.end_step, "class": attempt.end_class, "time": attempt.end_time} if attempt.ended else None
+    end = {
+        "step": attempt.end_step, "class": attempt.end_class, "verdict": attempt.end_verdict, "why": attempt.end_why,
+        "time": attempt.end_time,
+    }  # fmt: skip
+    accepted = [found[0] for name in attempt.accepts if (found := parse_checkpoint_name(name))]
     return {
-        "number": attempt.number, "target": attempt.target, "job_id": attempt.job_id, "nodes": attempt.nodes,
+        "number": attempt.number, "target": attempt.target, "job_id": attempt.job_id, "restart": attempt.restart,
+        "nodes": attempt.nodes, "first_step": max(accepted, default=0),
         "reason": attempt.reason, "accepts": list(attempt.accepts), "time": attempt.time, "host": attempt.host,
-        "pid": attempt.pid, "launcher_version": attempt.launcher_version, "end": end,
+        "pid": attempt.pid, "launcher_version": attempt.launcher_version,
+        "end": end if attempt.ended else None,
         "last_step": attempt.end_step if attempt.end_step is not None else logged,
     }  # fmt: skip
 

@@ -71,7 +71,7 @@ def test_status_as_json_is_the_documented_shape_and_the_same_by_name_and_by_path
     assert (summary["version"], summary["status"], summary["step"], summary["failure"]["rank"]) == (1, "failed", 60, 1)
     assert set(summary["attempts"][0]) == {
         "number", "target", "job_id", "nodes", "reason", "accepts", "time", "host", "pid", "launcher_version", "end",
-        "last_step",
+        "last_step", "restart", "first_step",
     }  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def test_runs_lists_one_line_a_run(here, call):
     code, out, _ = call("runs")
     assert code == 0
     heading, *lines = out.splitlines()
-    assert heading.split() == ["run", "state", "step", "loss", "attempt", "changed"]
+    assert heading.split() == ["run", "state", "step", "loss", "attempt", "changed", "job"]
     assert sorted(line.split()[:3] for line in lines) == [["one", "failed", "60/400"], ["two", "queued", "?/?"]]
 
 
