@@ -60,24 +60,37 @@ def load_for_target(text: str, overrides: Sequence[str], target: str | None) -> 
     """
     from launcher.jobs import targets
     from launcher.jobs.opening import stored_recipe
+    from launcher.jobs.submissions import submissions
     from launcher.recipe.check import load
     from launcher.recipe.presets import recipe_file
 
-    if target is not None:
-        targets.require(target)
-        overrides = [*overrides, f"cluster.target={target}"]
-    rules = [targets.problems]
     if recipe_file(text) is not None or text.endswith((".yaml", ".yml")):
-        return load(text, overrides, rules=rules).recipe
+        return load_recipe(text, overrides, target)
+    overrides, rules = _for_target(overrides, target), [targets.problems]
     try:
         run, place = find_submitted(text)
     except UserError as error:
         raise UserError(f"'{text}' is neither a recipe nor a run. As a run: {error}") from None
     if run.exists():
         return stored_recipe(run, overrides, rules=rules)
-    from launcher.jobs.submissions import submissions
-
     return load(submissions(place)[-1].job.folder / "recipe.yaml", overrides, new=False, rules=rules).recipe
+
+
+def load_recipe(path: str, overrides: Sequence[str], target: str | None) -> Recipe:
+    """A recipe, checked with the rules of the target that it, or --target, names; errors as of `load`."""
+    from launcher.jobs import targets
+    from launcher.recipe.check import load
+
+    return load(path, _for_target(overrides, target), rules=[targets.problems]).recipe
+
+
+def _for_target(overrides: Sequence[str], target: str | None) -> Sequence[str]:
+    from launcher.jobs import targets
+
+    if target is None:
+        return overrides
+    targets.require(target)
+    return [*overrides, f"cluster.target={target}"]
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

@@ -9,16 +9,19 @@ from typing import Any
 
 import click
 
+from launcher.cli._common import load_recipe
 from launcher.errors import EXIT_FINISHED, EXIT_USER_ERROR, RecipeError
 
 
 @click.command(short_help="Say everything that is wrong with recipes.")
 @click.argument("arguments", nargs=-1, metavar="RECIPE... [KEY=VALUE ...]", required=True)
+@click.option("--target", help="Check for this one.  [default: cluster.target of each recipe]")
 @click.option("--json", "as_json", is_flag=True, help="Print a list with one object a recipe (docs/recipe.md).")
-def command(arguments: tuple[str, ...], as_json: bool) -> int:
+def command(arguments: tuple[str, ...], target: str | None, as_json: bool) -> int:
     """Say everything that is wrong with one or more recipes, each problem with its line; start nothing.
 
-    Ends with 2 when there is a problem, else 0. KEY=VALUE changes every recipe given.
+    What the target cannot do is among it. Ends with 2 when there is a problem, else 0. KEY=VALUE changes every
+    recipe given.
 
     example: launcher check recipes/*.yaml cluster.nodes=4
     """
@@ -26,7 +29,7 @@ def command(arguments: tuple[str, ...], as_json: bool) -> int:
     overrides = [word for word in arguments if not _is_recipe(word)]
     if not recipes:
         raise click.UsageError("There is no RECIPE among the arguments, only KEY=VALUE.")
-    reports = [_report(recipe, overrides) for recipe in recipes]
+    reports = [_report(recipe, overrides, target) for recipe in recipes]
     if as_json:
         print(json.dumps([report for report, _ in reports], indent=2))
     else:
@@ -39,12 +42,10 @@ def _is_recipe(word: str) -> bool:
     return ("=" not in word and not word.startswith("~")) or os.path.isfile(word)
 
 
-def _report(recipe: str, overrides: list[str]) -> tuple[dict[str, Any], str]:
+def _report(recipe: str, overrides: list[str], target: str | None) -> tuple[dict[str, Any], str]:
     """What --json prints for one recipe, and the text for people."""
-    from launcher.recipe.check import load
-
     try:
-        load(recipe, overrides)
+        load_recipe(recipe, overrides, target)
     except RecipeError as error:
         problems = [
             {"key": p.key, "value": _jsonable(p.value), "expected": p.expected, "fix": p.fix, "where": p.where}

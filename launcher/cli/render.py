@@ -1,69 +1,179 @@
-"""`launcher render`: prints the whole job a recipe would start, or the reasons for its engine settings."""
+"""`launcher render`: the complete dry run of a submission, what changed since the last one, or why each setting."""
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from launcher.cli._common import find_submitted, load_for_target
+from launcher.errors import EXIT_FINISHED, EXIT_USER_ERROR, UserError
+
 if TYPE_CHECKING:
+    from launcher.jobs.job import Finding
+    from launcher.jobs.spec import JobSpec, Rendered
     from launcher.plan import Plan
     from launcher.recipe.schema import Recipe
     from launcher.strategy.explained import Explained
 
 
 @click.command(short_help="Print the job a recipe would submit; submit nothing.")
-@click.argument("recipe")
+@click.argument("recipe", metavar="RECIPE|RUN")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
-@click.option("--target", default="torchrun", show_default=True, help="What would start it: torchrun, accelerate.")
+@click.option("--target", help="torchrun, accelerate, slurm, ray or kubernetes.  [default: cluster.target]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the files into this folder instead.")
+@click.option("--diff", "against", metavar="RUN", help="Print only what differs from what that run started last.")
 @click.option("--explain", is_flag=True, help="Print each engine setting and why it is so, in place of the files.")
-@click.option("--json", "as_json", is_flag=True, help="Print one object: command and files (docs/json.md).")
+@click.option("--json", "as_json", is_flag=True, help="Print one object (docs/json.md).")
 def command(
-    recipe: str, overrides: tuple[str, ...], target: str, output: Path | None, explain: bool, as_json: bool
-) -> None:
-    """Print the job a recipe would start; start nothing, need no GPU, write files only with -o.
+    recipe: str,
+    overrides: tuple[str, ...],
+    target: str | None,
+    output: Path | None,
+    against: str | None,
+    explain: bool,
+    as_json: bool,
+) -> int:
+    """Print the job a recipe, or a run that is to go on, would submit: its files, environment, what the target's own
+    checks say, and the command. Start nothing, need no GPU, write files only with -o.
+
+    Ends with 2 where the target would refuse it.
 
     \b
-    example: launcher render recipes/llama3.1-8b-fsdp2.yaml cluster.nodes=4 -o job
+    example: launcher render recipes/llama3.1-8b-fsdp2.yaml cluster.nodes=4 --target slurm -o job
+    example: launcher render runs/big cluster.nodes=4 --diff runs/big
     example: launcher render recipes/llama3.1-8b-fsdp2.yaml strategy=zero3 --explain
     """
     from launcher.jobs.spec import job_spec
-    from launcher.jobs.targets import render
+    from launcher.jobs.submissions import next_number, place_for
+    from launcher.jobs.targets import find
     from launcher.plan import make_plan
-    from launcher.recipe.check import load
 
-    loaded = load(recipe, overrides).recipe
+    if against is not None and (explain or output is not None):
+        raise UserError("--diff prints differences and nothing else: leave -o and --explain away.")
+    loaded = load_for_target(recipe, overrides, target)
     plan = make_plan(loaded)
-    rendered = render(job_spec(loaded, plan), target=target)
-    reasons = _reasons(loaded, plan, target) if explain else {}
-    if output is not None:
-        _write(output, rendered.files)
+    spec, module = job_spec(loaded, plan), find(loaded.cluster.target)
+    if against is not None:
+        number, old = _last_job(against)
+        _print_differences(old, module.render(replace(spec, submission=number)).files, against, as_json)
+        return EXIT_FINISHED
+    spec = replace(spec, submission=next_number(place_for(spec)))
+    rendered = module.render(spec)
+    reasons = _reasons(loaded, plan) if explain else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = output or Path(scratch)
+        if output is not None or not explain:
+            _write(folder, rendered.files)
+        findings = [] if explain else list(module.validate(spec, rendered, folder))
     if as_json:
-        printed: dict[str, Any] = {"target": target, "command": rendered.command, "files": dict(rendered.files)}
-        if explain:
-            printed["explain"] = {file: _pairs(settings) for file, settings in reasons.items()}
-        click.echo(json.dumps(printed, indent=2))
+        click.echo(json.dumps(_object(spec, rendered, findings, reasons), indent=2))
     elif explain:
         for file, settings in reasons.items():
             click.echo(f"==> {file} <==\n{_table(settings)}\n")
     elif output is not None:
-        click.echo(f"wrote {', '.join(rendered.files)}\ncd {output}\n{rendered.command}")
+        click.echo("\n".join([f"wrote {_names(rendered.files)}", *_said(findings), f"cd {output}", rendered.command]))
     else:
-        for name, text in rendered.files.items():
-            click.echo(f"==> {name} <==\n{text}")
-        click.echo(f"==> command <==\n{rendered.command}")
+        _print_whole(spec, rendered, findings)
+    return EXIT_USER_ERROR if any(finding.state == "bad" for finding in findings) else EXIT_FINISHED
 
 
-def _reasons(recipe: Recipe, plan: Plan, target: str) -> dict[str, Explained]:
+def _print_whole(spec: JobSpec, rendered: Rendered, findings: Sequence[Finding]) -> None:
+    for name, text in rendered.files.items():
+        click.echo(f"==> {name} <==\n{text}")
+    click.echo("\n".join(["==> environment <==", *_environment(spec), ""]))
+    click.echo("\n".join(["==> validation <==", *_said(findings), ""]))
+    click.echo(f"==> command <==\n{rendered.command}")
+
+
+def _environment(spec: JobSpec) -> Iterator[str]:
+    """What the job's processes get by name; a secret's value is nowhere."""
+    if not spec.env and not spec.env_names:
+        yield "(nothing beside what the files set)"
+    yield from (f"{name}={value}" for name, value in sorted(spec.env.items()))
+    yield from (f"{name}  (named by cluster.env; its value is never written)" for name in spec.env_names)
+
+
+def _said(findings: Sequence[Finding]) -> list[str]:
+    """A line a finding."""
+    return [f"{finding.state:<7}  {finding.what}: {finding.text}".rstrip(": ") for finding in findings]
+
+
+def _names(files: Mapping[str, str]) -> str:
+    """Names of files; only the first and the last where there are very many."""
+    names = list(files)
+    return ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:5])} ... {names[-1]} ({len(names)} files)"
+
+
+def _object(
+    spec: JobSpec, rendered: Rendered, findings: Sequence[Finding], reasons: Mapping[str, Explained]
+) -> dict[str, Any]:
+    printed: dict[str, Any] = {
+        "target": spec.cluster.target,
+        "command": rendered.command,
+        "files": dict(rendered.files),
+        "environment": {"set": dict(spec.env), "taken": list(spec.env_names)},
+        "validation": [asdict(finding) for finding in findings],
+    }
+    if reasons:
+        printed["explain"] = {file: _pairs(settings) for file, settings in reasons.items()}
+    return printed
+
+
+def _last_job(run: str) -> tuple[int, tuple[str, dict[str, str]]]:
+    """Number, name and files of what a run submitted last; where nothing was, of the attempt that it started last.
+
+    Raises:
+        UserError: it has started nothing.
+    """
+    from launcher.jobs.submissions import submissions
+    from launcher.run.ledger import latest_attempt
+
+    directory, place = find_submitted(run)
+    if known := submissions(place):
+        folder, names, number = known[-1].job.folder, known[-1].files, known[-1].number
+    else:
+        number = 1
+        folder = directory.job(latest_attempt(directory))
+        names = tuple(sorted(path.name for path in folder.iterdir() if path.is_file())) if folder.is_dir() else ()
+    there = {name: (folder / name).read_text() for name in names if (folder / name).is_file()}
+    if not there:
+        raise UserError(f"--diff {run}: it has started no job yet, so there is nothing to compare with.")
+    return number, (str(folder), there)
+
+
+def _print_differences(old: tuple[str, Mapping[str, str]], new: Mapping[str, str], run: str, as_json: bool) -> None:
+    """A unified diff, file by file."""
+    folder, before = old
+    found = {name: _difference(name, before.get(name), new.get(name)) for name in [*new, *(set(before) - set(new))]}
+    differences = {name: text for name, text in found.items() if text}
+    if as_json:
+        click.echo(json.dumps({"against": folder, "diff": differences}, indent=2))
+    elif differences:
+        click.echo("".join(differences.values()), nl=False)
+    else:
+        click.echo(f"the same as {run} has started last ({folder})")
+
+
+def _difference(name: str, old: str | None, new: str | None) -> str:
+    before, after = ((text or "").splitlines(keepends=True) for text in (old, new))
+    names = [f"{side}/{name}" if text is not None else "/dev/null" for side, text in (("last", old), ("now", new))]
+    lines = difflib.unified_diff(before, after, *names)
+    return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+
+
+def _reasons(recipe: Recipe, plan: Plan) -> dict[str, Explained]:
     """File of the job -> its settings with their reasons; every file that a strategy decides."""
     from launcher.strategy import accelerate, explain, settings_file
 
     found = {settings_file(recipe): explain(recipe, plan)}
-    if target == "accelerate":
+    if recipe.cluster.target == "accelerate":
         found["accelerate.yaml"] = accelerate.explain(recipe, plan)
     return found
 
@@ -80,8 +190,6 @@ def _table(settings: Explained) -> str:
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> None:
-    from launcher.errors import UserError
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.jobs import submissions, targets
+from launcher.jobs import snapshot, submissions, targets
 from launcher.jobs.asking import ask_one
 from launcher.jobs.job import ACTIVE, Finding, Job
 from launcher.jobs.opening import open_run, owned, run_directory
@@ -45,13 +45,13 @@ def submit(recipe: Recipe, *, force: bool, say: Say) -> Submitted | None:
         UserError: something is wrong with it, or its last job is still queued or running; nothing is queued.
     """
     plan, run = make_plan(recipe), run_directory(recipe)
-    spec, target = job_spec(recipe, plan), targets.find(recipe.cluster.target)
+    spec, target = snapshot.planned(job_spec(recipe, plan)), targets.find(recipe.cluster.target)
     place = submissions.place_for(spec)
     if reached_end(run) and agrees(run, recipe):
         say(f"{run.path} is finished; a larger train.max_steps or train.epochs would lengthen it.")
         return None
-    with _undone_if_refused(place), submissions.one_at_a_time(place):
-        _require_idle(run, place)
+    with undone_if_refused(place), submissions.one_at_a_time(place):
+        require_idle(run, place)
         if not submissions.elsewhere(spec):
             with owned(run):
                 open_run(run, recipe, plan, force=force, say=say)
@@ -59,14 +59,15 @@ def submit(recipe: Recipe, *, force: bool, say: Say) -> Submitted | None:
         rendered = target.render(spec)
         with _folder(place, rendered) as folder:
             findings = list(target.validate(spec, rendered, folder))
-            _require_valid(findings, spec.cluster.target)
+            require_valid(findings, spec.cluster.target)
+            snapshot.copy(spec)
             job = target.submit(spec, rendered, folder)
         submissions.record(place, job, files=rendered.files)
     return Submitted(job, place, findings)
 
 
 @contextmanager
-def _undone_if_refused(place: Path) -> Iterator[None]:
+def undone_if_refused(place: Path) -> Iterator[None]:
     """A place that was made for this submission goes again when nothing comes of it."""
     made = not place.exists()
     try:
@@ -91,7 +92,7 @@ def _folder(place: Path, rendered: Rendered) -> Iterator[Path]:
         raise
 
 
-def _require_idle(run: RunDirectory, place: Path) -> None:
+def require_idle(run: RunDirectory, place: Path) -> None:
     """Raises UserError where the last job is still to run, with its id and state."""
     job = submissions.latest(place)
     if job is None:
@@ -109,6 +110,6 @@ def _require_idle(run: RunDirectory, place: Path) -> None:
         )
 
 
-def _require_valid(findings: Sequence[Finding], target: str) -> None:
+def require_valid(findings: Sequence[Finding], target: str) -> None:
     if bad := [f"  {finding.what}: {finding.text}" for finding in findings if finding.state == "bad"]:
         raise UserError("\n".join([f"{target} would refuse the job:", *bad]))
