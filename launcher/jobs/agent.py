@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,9 @@ class Node:
 
     rendezvous: HOST:PORT of a store that all nodes reach, made before; None: this node is alone, any free port
     local_address: by which the other nodes reach this one
+    join_timeout_s: how long nodes wait for each other
+    names_may_come: whether node 0's name may not be known to the name service yet
+    environment: variables for the ranks, which name the network interface
     """
 
     nodes: int = 1
@@ -33,6 +36,8 @@ class Node:
     rendezvous: str | None = None
     local_address: str = "127.0.0.1"
     join_timeout_s: int = 600
+    names_may_come: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Agent:

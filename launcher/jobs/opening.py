@@ -15,7 +15,7 @@ from launcher.plan.batch import empty_slots
 from launcher.recipe.check import Rule, load
 from launcher.recipe.schema import Recipe, to_dict
 from launcher.run.directory import RunDirectory
-from launcher.run.lease import hold_lease
+from launcher.run.lease import Submission, hold_lease
 from launcher.run.ledger import CheckpointRef, latest_attempt, valid_checkpoints
 
 Say = Callable[[str], None]
@@ -28,8 +28,10 @@ def run_directory(recipe: Recipe) -> RunDirectory:
 
 
 @contextmanager
-def owned(run: RunDirectory) -> Iterator[None]:
-    """Hold the lease of a run that may not exist yet.
+def owned(
+    run: RunDirectory, submission: Submission | None = None, say: Callable[[str], object] = lambda text: None
+) -> Iterator[None]:
+    """Hold the lease of a run that may not exist yet; `say` tells of a wait and of a take-over.
 
     Raises:
         LeaseHeld: somebody else does; UserError: its directory cannot be written.
@@ -38,7 +40,7 @@ def owned(run: RunDirectory) -> Iterator[None]:
     made = not parent.exists()
     with ExitStack() as stack:
         try:
-            stack.enter_context(hold_lease(run))
+            stack.enter_context(hold_lease(run, submission=submission, waiting=say))
         except OSError as error:
             raise UserError(f"run.dir = {run.path.parent}: {run.path} cannot be written ({error.strerror}).") from None
         yield

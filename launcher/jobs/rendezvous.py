@@ -17,7 +17,7 @@ def address(text: str | None, *, name: str) -> tuple[str, int]:
     host, _, port = (text or "").rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"{name} {text}: expected HOST:PORT on node 0, with a port from 1 to 65535.")
-    return host, int(port)
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def require_free_port(port: int, *, name: str) -> None:

@@ -12,15 +12,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.errors import EXIT_FINISHED, UserError
-from launcher.jobs import restart, warm
+from launcher.jobs import preflight, restart, snapshot, warm
 from launcher.jobs.agent import Agent, Node
 from launcher.jobs.console import Console
+from launcher.jobs.cures import cure
 from launcher.jobs.devices import accelerator, threads_per_rank
 from launcher.jobs.ending import Ending, judge
 from launcher.jobs.environment import evaluate_setup, require_train_extra, require_variables
+from launcher.jobs.meeting import Meeting
 from launcher.jobs.opening import discard_if_fresh, open_run, owned, run_directory
 from launcher.jobs.preparation import PreparationError, StopAsked, agrees, complete_plan, is_prepared, prepare_in_child
 from launcher.jobs.signals import Signals
@@ -31,6 +33,7 @@ from launcher.recipe.schema import Recipe
 from launcher.run.control import clear_stop, read_outcomes, request_stop, write_verdict
 from launcher.run.directory import RunDirectory
 from launcher.run.files import read_json
+from launcher.run.lease import Submission
 from launcher.run.ledger import end_attempt, start_attempt
 from launcher.run.provenance import record_beside, recorded
 from launcher.run.reserve import give_up, insist, keep_back
@@ -64,22 +67,27 @@ def launch(recipe: Recipe, *, force: bool, console: Console, reason: str = "run"
     Raises:
         UserError: whatever is wrong before a rank starts; a run made for this launch is gone again.
     """
-    if recipe.cluster.nodes > 1:
-        count = recipe.cluster.nodes
+    if (count := recipe.cluster.nodes) > 1:
+        verb = f"worker {run_directory(recipe).path}" if reason == "resume" else "run RECIPE"
         raise UserError(
-            f"cluster.nodes = {count}: expected 1, because this starts one node. `launcher render` prints a script for "
-            f"each of the {count} nodes."
+            f"cluster.nodes = {count}: expected 1, because this starts one node. On each of the {count} nodes: "
+            f"launcher {verb} --node-rank I --rendezvous HOST:PORT, with I from 0 to {count - 1} and HOST:PORT on node "
+            "0; or launcher submit, where there is a scheduler."
         )
     started = time.monotonic()
     plan, run = make_plan(recipe), run_directory(recipe)
     with Signals() as signals:
         machine = ready_machine(recipe, console.say)
+        seen = preflight.Seen() if reached_end(run) else preflight.before_launch(recipe, plan, run, console.say)
         with owned(run):
             with written(run):
                 open_run(run, recipe, plan, force=force, say=console.say)
                 if is_finished(run, recipe, console.say):
                     return EXIT_FINISHED
                 attempt = begin(run, recipe, plan, reason=reason)
+                if snapshot.enter(run, recipe):
+                    warm.renew(recipe.strategy.kind, machine.accelerator)
+                seen.keep(run, attempt)
             ending = supervise(run, recipe, plan, attempt, Node(), machine, console, signals, started=started)
             ending = conclude(run, attempt, ending)
             if ending.failure_class == "user":
@@ -123,15 +131,21 @@ def ready_machine(recipe: Recipe, say: Callable[[str], None]) -> Machine:
     return Machine(socket.gethostname(), device, threads)
 
 
-def begin(run: RunDirectory, recipe: Recipe, plan: Plan, *, reason: str, target: str = "local") -> int:
-    """Start an attempt in the ledger and keep the job as text beside it; the caller holds the lease."""
-    attempt = start_attempt(run, target=target, job_id=str(os.getpid()), nodes=[socket.gethostname()], reason=reason)
+def begin(run: RunDirectory, recipe: Recipe, plan: Plan, *, reason: str, submission: Submission | None = None) -> int:
+    """Start an attempt in the ledger and keep the job as text beside it; the caller holds the lease.
+
+    submission: which start of which job this is; None: by hand, on this machine or on several
+    """
+    nodes = [socket.gethostname()] if plan.nodes == 1 else plan.nodes
+    by = submission or Submission(target=restart.BY_HAND, job_id=str(os.getpid()))
+    number = by.restart if submission else None
+    attempt = start_attempt(run, target=by.target, job_id=by.job_id, restart=number, nodes=nodes, reason=reason)
     restart.forget_stop(run, attempt)
     job = run.job(attempt)
     job.mkdir(parents=True, exist_ok=True)
+    record_beside(job)
     for name, text in render(job_spec(recipe, plan), target="torchrun").files.items():
         (job / name).write_text(text)
-    record_beside(job)
     write_state(run, "running", attempt=attempt, step=None)
     keep_back(run.reserve)
     return attempt
@@ -148,8 +162,12 @@ def supervise(
     signals: Signals,
     *,
     started: float,
+    meeting: Meeting | None = None,
 ) -> Ending:
-    """Prepare if need be, host the ranks of this node until they end, and judge how they ended."""
+    """Prepare if need be, host the ranks of this node until they end, and judge how they ended.
+
+    meeting: with the other nodes, whose ranks are judged on node 0
+    """
     threading.Thread(target=_import_agent, name="import", daemon=True).start()
     if (failed := prepared(run, recipe, console, signals) if node.rank == 0 else None) is not None:
         return failed
@@ -160,15 +178,21 @@ def supervise(
         run_id=run.path.name,
         ranks=plan.nproc_per_node,
         node=node,
-        environment=machine.environment(),
+        environment={**machine.environment(), **node.environment},
         log=run.logs(attempt, machine.name) / f"agent-{node.rank}.log",
     )
     limit = stop_after_s(recipe.cluster)
     deadline = None if limit is None else started + limit
-    for _ in _ticks(lambda: agent.done() or signals.at_once):
-        _pass_on_stop(run, signals, deadline, console.say)
+    for _ in ticks(lambda: agent.done() or signals.at_once):
+        pass_on_stop(run, signals, deadline, console.say)
         console.poll()
-        if node.nodes > 1 and _failed_elsewhere(run, attempt):
+        if meeting is None:
+            continue
+        if (lost := meeting.lost()) is not None and not agent.done():
+            _end_ranks(agent, grace_s=0)
+            console.close()
+            return Ending(status="failed", failure_class="node", message=lost)
+        if failed_somewhere(run, attempt):
             _end_ranks(agent, grace_s=_OTHER_NODES_GRACE_S)
     if signals.at_once:
         _end_ranks(agent, grace_s=0)
@@ -178,18 +202,43 @@ def supervise(
             status="failed", failure_class="unknown", message=f"ended at once by a second Ctrl-C; {lost}", for_good=True
         )
     console.close()
+    died, broken = _ended(agent)
+    silent: list[str] = []
+    if meeting is not None and node.rank > 0:
+        meeting.last_word(died)
+    elif meeting is not None:
+        elsewhere, silent = meeting.last_words()
+        died |= elsewhere
+    if broken is not None and not silent:
+        return broken
+    ending = judge(read_outcomes(run, attempt), died, ranks=range(plan.world_size))
+    if silent and ending.failure_class in ("communication", "unknown"):
+        message = f"{', '.join(silent)} has gone without a word. {ending.message}"
+        return replace(ending, failure_class="node", message=message)
+    return ending
+
+
+def _ended(agent: Agent) -> tuple[dict[int, str], Ending | None]:
+    """How processes of this node ended that did not end well, by rank; and the ending where the agent itself failed."""
     try:
-        died = agent.failures()
-    except Exception as error:  # the agent itself failed: a rendezvous, a store
-        return Ending(status="failed", failure_class="communication", message=f"{type(error).__name__}: {error}")
-    return judge(read_outcomes(run, attempt), died, ranks=range(plan.world_size))
+        return agent.failures(), None
+    except Exception as error:  # a rendezvous, a store
+        message = f"{type(error).__name__}: {error}"
+        return {}, Ending(status="failed", failure_class="communication", message=message)
 
 
-def prepared(run: RunDirectory, recipe: Recipe, console: Console, signals: Signals) -> Ending | None:
+def prepared(
+    run: RunDirectory, recipe: Recipe, console: Console, signals: Signals, meeting: Meeting | None = None
+) -> Ending | None:
     """Make the run's data ready; how the attempt ended where that did not come about."""
+
+    def stop() -> bool:
+        disturbed = meeting is not None and meeting.disturbance() is not None
+        return disturbed or signals.stop is not None
+
     try:
         if not is_prepared(run, recipe):
-            prepare_in_child(run, progress=console.working, stop=lambda: signals.stop is not None)
+            prepare_in_child(run, progress=console.working, stop=stop)
         complete_plan(run)
     except UserError as error:
         return Ending(status="failed", failure_class="user", message=str(error))
@@ -200,6 +249,8 @@ def prepared(run: RunDirectory, recipe: Recipe, console: Console, signals: Signa
             status="failed", failure_class="data", message="the data could not be prepared", traceback=str(error)
         )
     except StopAsked:
+        if meeting is not None and (disturbed := meeting.disturbance()) is not None:
+            return disturbed
         why = f"{signals.stop} while preparing the data: stopped before the first step; nothing was lost"
         return Ending(status="preempted", failure_class="preemption", message=why)
     finally:
@@ -215,9 +266,9 @@ def conclude(run: RunDirectory, attempt: int, ending: Ending) -> Ending:
     Returns:
         The ending with the verdict, and as `cancelled` where a person did that meanwhile.
     """
+    recorded()
     ending = restart.concluded(run, attempt, ending)
 
-    recorded()
     def write_end() -> None:
         outcome_class = ending.failure_class or ending.status
         end_attempt(run, attempt, step=ending.step, outcome_class=outcome_class, verdict=ending.verdict, why=ending.why)
@@ -266,6 +317,8 @@ def tell(run: RunDirectory, attempt: int, ending: Ending, console: Console) -> N
             console.say(ending.traceback.rstrip())
         who = "" if ending.rank is None else f" by rank {ending.rank}" + (f" on {ending.node}" if ending.node else "")
         console.say(f"failed{step}{who} ({ending.failure_class}): {ending.message}")
+        if advice := cure(ending.message, ending.traceback):
+            console.say(f"what to do: {advice}")
         if ending.verdict is not None and not ending.for_good:
             console.say(f"verdict: {ending.verdict} ({ending.why})")
         console.say(f"logs: launcher logs {run.path}, files in {run.path / 'logs' / f'attempt-{attempt}'}")
@@ -276,13 +329,14 @@ def _import_agent() -> None:
     import torch.distributed.launcher.api  # noqa: F401
 
 
-def _ticks(done: Callable[[], bool]) -> Iterator[None]:
+def ticks(done: Callable[[], bool]) -> Iterator[None]:
+    """Some twenty a second until it is done."""
     while not done():
         yield
         time.sleep(_POLL_S)
 
 
-def _pass_on_stop(run: RunDirectory, signals: Signals, deadline: float | None, say: Callable[[str], None]) -> None:
+def pass_on_stop(run: RunDirectory, signals: Signals, deadline: float | None, say: Callable[[str], None]) -> None:
     """Turn a signal or the time limit into the stop request, once."""
     before = signals.passed_on
     if signals.stop is None and deadline is not None and time.monotonic() >= deadline:
@@ -295,14 +349,15 @@ def _pass_on_stop(run: RunDirectory, signals: Signals, deadline: float | None, s
         say(f"{signals.stop}: the run stops after a checkpoint (a second Ctrl-C ends it at once)")
 
 
-def _failed_elsewhere(run: RunDirectory, attempt: int) -> bool:
+def failed_somewhere(run: RunDirectory, attempt: int) -> bool:
+    """Whether a rank, of whatever node, has said that it failed."""
     return any(outcome.kind == "failed" for outcome in read_outcomes(run, attempt).values())
 
 
 def _end_ranks(agent: Agent, *, grace_s: float) -> None:
     """Wait for this node's ranks to end, then kill what is left."""
     until = time.monotonic() + grace_s
-    for _ in _ticks(lambda: agent.done() or time.monotonic() >= until):
+    for _ in ticks(lambda: agent.done() or time.monotonic() >= until):
         pass
     if not agent.done():
         warm.stop()

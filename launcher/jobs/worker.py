@@ -2,147 +2,332 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import socket
-import threading
+import contextlib
 import time
-from datetime import timedelta
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from launcher.errors import EXIT_FINISHED, UserError
-from launcher.jobs import shared
+from launcher.jobs import meeting, network, preflight, restart, shared
 from launcher.jobs.agent import Node
+from launcher.jobs.changes import changes
+from launcher.jobs.command import watch_over
 from launcher.jobs.console import Console
 from launcher.jobs.ending import Ending
-from launcher.jobs.opening import open_run, owned, stored_recipe
+from launcher.jobs.meeting import Away, Meeting, Stopped
+from launcher.jobs.opening import discard_if_fresh, open_run, owned, run_directory, stored_recipe
+from launcher.jobs.place import Place, find_place, find_submission, settled
 from launcher.jobs.rendezvous import address, require_free_port
-from launcher.jobs.restart import refusal
 from launcher.jobs.signals import Signals
-from launcher.jobs.supervisor import begin, conclude, is_finished, prepared, ready_machine, supervise, tell
+from launcher.jobs.supervisor import (
+    Machine,
+    begin,
+    conclude,
+    is_finished,
+    prepared,
+    ready_machine,
+    supervise,
+    tell,
+    written,
+)
 from launcher.plan import make_plan
+from launcher.recipe.check import load
+from launcher.recipe.schema import Recipe, to_dict
 from launcher.run.directory import RunDirectory
+from launcher.run.lease import Submission
+from launcher.run.ledger import attempts
 
-JOIN_TIMEOUT_S = 3600  # for node 0 to prepare the data, and for every node to come
-_KEY = "launcher/attempt"
-_SEEN = "launcher/seen/"  # + node rank: empty, or why that node cannot take part
+_EXCUSE_S = 5.0  # for nodes that wait already to hear why this one does not come
 
 
-def work(run: RunDirectory, *, nodes: int | None, node_rank: int, rendezvous: str | None, console: Console) -> int:
-    """Do this node's part; the exit code of `launcher worker`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What this process is to do.
+
+    given: the recipe must be that of node 0, because a person wrote it on each node
+    force: as of `launcher run`
+    """
+
+    run: RunDirectory
+    recipe: Recipe
+    node: Node
+    submission: Submission | None
+    reason: str
+    given: bool = False
+    force: bool = False
+
+
+def work(
+    run: RunDirectory,
+    *,
+    recipe_file: Path | None = None,
+    nodes: int | None = None,
+    node_rank: int | None = None,
+    rendezvous: str | None = None,
+    command: Sequence[str] = (),
+    console: Console,
+) -> int:
+    """Do this node's part of a job; the exit code of `launcher worker`.
+
+    recipe_file: what the run is made from, or opened with by the first start of a job; None: the run's own
+    command: starts every rank of every node, in place of torch's agent on each
 
     Raises:
         UserError: impossible options, a taken port, or what the recipe asks for and this node lacks.
     """
-    started = time.monotonic()
-    overrides = [] if nodes is None else [f"cluster.nodes={nodes}"]
-    recipe = stored_recipe(run, overrides)
-    node = _node(recipe.cluster.nodes, node_rank, rendezvous)
-    plan = make_plan(recipe)
+    submission = find_submission()
+    place = find_place(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous, command=bool(command))
+    overrides = [] if place.nodes is None else [f"cluster.nodes={place.nodes}"]
+    recipe = _recipe(run, recipe_file, submission, overrides)
     if is_finished(run, recipe, console.say):
         return EXIT_FINISHED
-    with Signals() as signals:
-        machine = ready_machine(recipe, console.say)
-        if node.rank > 0:
-            attempt, ending = _follow(run, node, signals)
-            if ending is None:
-                ending = supervise(run, recipe, plan, attempt, node, machine, console, signals, started=started)
-        else:
-            with owned(run):
-                open_run(run, recipe, plan, force=False, say=console.say)
-                store = _host(node)
-                attempt = begin(run, recipe, plan, reason="worker")
-                ending = refusal(run, attempt) or prepared(run, recipe, console, signals)
-                if store is not None:
-                    store.set(
-                        _KEY, json.dumps([attempt, shared.leave_token(run), ending and dataclasses.asdict(ending)])
-                    )
-                    ending = ending or _missing(store, node, signals)
-                if ending is None:
-                    ending = supervise(run, recipe, plan, attempt, node, machine, console, signals, started=started)
-                ending = conclude(run, attempt, ending)
-    tell(run, attempt, ending, console)
-    return ending.worker_exit_code
+    ending: Ending | None
+    if command:
+        ending = watch_over(command, run, recipe, submission=submission, console=console)
+    else:
+        node = find_node(recipe, place, console.say)
+        ending = take_part(Part(run=run, recipe=recipe, node=node, submission=submission, reason="worker"), console)
+    return EXIT_FINISHED if ending is None else ending.worker_exit_code
 
 
-def _node(nodes: int, rank: int, rendezvous: str | None) -> Node:
-    if not 0 <= rank < nodes:
-        raise UserError(f"--node-rank {rank}: expected 0 to {nodes - 1}, for {nodes} nodes (--nodes).")
-    if nodes == 1:
+def launch_node(recipe: Recipe, place: Place, *, force: bool, console: Console) -> int:
+    """Do one node's part of a recipe's run, started by hand on each node; the exit code of `launcher run`.
+
+    Raises:
+        UserError: as `work`.
+    """
+    run = run_directory(recipe)
+    node = find_node(recipe, place, console.say)
+    if is_finished(run, recipe, console.say):
+        return EXIT_FINISHED
+    part = Part(run=run, recipe=recipe, node=node, submission=None, reason="run", given=True, force=force)
+    ending = take_part(part, console)
+    return EXIT_FINISHED if ending is None else ending.exit_code
+
+
+def find_node(recipe: Recipe, place: Place, say: Callable[[str], None]) -> Node:
+    """This node's place in a job, with the network interface it talks by, which is said.
+
+    Raises:
+        UserError: a place that cannot be; a rendezvous that is no address of node 0, or that nothing leads to.
+    """
+    cluster = recipe.cluster
+    rank, rendezvous = settled(place, cluster.nodes)
+    if rendezvous is None:
         return Node()
-    host, _ = address(rendezvous, name="--rendezvous")
-    return Node(
-        nodes=nodes,
+    host, port = address(rendezvous, name="--rendezvous")
+    if place.names_may_come:
+        _await_name(host, cluster.join_timeout_s, say)
+    node = Node(
+        nodes=cluster.nodes,
         rank=rank,
         rendezvous=rendezvous,
-        local_address=_address_towards(host),
-        join_timeout_s=JOIN_TIMEOUT_S,
+        join_timeout_s=cluster.join_timeout_s,
+        names_may_come=place.names_may_come,
+    )
+    if rank == 0:
+        if not network.is_here(host):
+            twice = meeting.twice_node_0(node)
+            raise UserError(twice or _not_here(rendezvous))
+        require_free_port(port, name=f"--rendezvous {rendezvous}")
+    interface = network.choose(host, wanted=cluster.network_interface)
+    where = f" ({place.source})" if place.source else ""
+    say(f"node {rank} of {cluster.nodes}{where}, node 0 at {rendezvous}; {interface}")
+    return Node(
+        nodes=node.nodes,
+        rank=rank,
+        rendezvous=rendezvous,
+        local_address=interface.address,
+        join_timeout_s=node.join_timeout_s,
+        names_may_come=node.names_may_come,
+        environment=interface.environment(),
     )
 
 
-def _address_towards(host: str) -> str:
-    """This machine's address on the interface that leads to `host`; no packet is sent."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise UserError(f"--rendezvous {host}: this machine cannot reach it ({error.strerror or error}).") from None
+def take_part(part: Part, console: Console) -> Ending | None:
+    """Lead or follow to the end of the attempt, which is told; None where nothing was left to do.
 
-
-def _host(node: Node) -> Any:
-    """The store that all nodes of this attempt share; None when this node is alone."""
-    if node.rendezvous is None:
+    Raises:
+        UserError: whatever is wrong before a rank starts, and an attempt that ended for such a reason.
+    """
+    started = time.monotonic()
+    with Signals() as signals:
+        with _excused(part.node, signals):
+            machine = ready_machine(part.recipe, console.say)
+        act = _lead if part.node.rank == 0 else _follow
+        done = act(part, machine, console, signals, started)
+    if done is None:
         return None
-    host, port = address(node.rendezvous, name="--rendezvous")
-    require_free_port(port, name=f"--rendezvous {node.rendezvous}")
-    from torch.distributed import TCPStore
-
-    return TCPStore(host, port, is_master=True, wait_for_workers=False)
+    attempt, ending = done
+    tell(part.run, attempt, ending, console)
+    return ending
 
 
-def _missing(store: Any, node: Node, signals: Signals) -> Ending | None:
-    """Wait until each other node has said that it sees this run directory; the ending where one does not."""
-    deadline = time.monotonic() + node.join_timeout_s
-    for rank in range(1, node.nodes):
-        while not store.check([f"{_SEEN}{rank}"]):
-            if signals.stop is not None:
-                message = f"{signals.stop} while waiting for node {rank}"
-                return Ending(status="preempted", failure_class="preemption", message=message)
-            if time.monotonic() >= deadline:
-                message = f"node {rank} did not come within {node.join_timeout_s} s"
-                return Ending(status="failed", failure_class="node", message=message)
-            time.sleep(0.05)
-        if problem := store.get(f"{_SEEN}{rank}").decode():
-            return Ending(status="failed", failure_class="user", message=problem)
-    return None
+def _lead(
+    part: Part, machine: Machine, console: Console, signals: Signals, started: float
+) -> tuple[int, Ending] | None:
+    run, recipe, node = part.run, part.recipe, part.node
+    plan = make_plan(recipe)
+    with _hosted(node, signals) as others, owned(run, part.submission, console.say):
+        with written(run):
+            open_run(run, recipe, plan, force=part.force, say=console.say)
+            if is_finished(run, recipe, console.say):
+                return None
+            attempt = begin(run, recipe, plan, reason=part.reason, submission=part.submission)
+        ending = restart.refusal(run, attempt) or prepared(run, recipe, console, signals, others)
+        if others is not None:
+            others.announce(attempt, shared.leave_token(run), ending)
+            ending = ending or others.await_all(console.say)
+            others.settle(ending)
+        ending = ending or _preflight(part, attempt, others, console)
+        ending = ending or supervise(
+            run, recipe, plan, attempt, node, machine, console, signals, started=started, meeting=others
+        )
+        ending = conclude(run, attempt, ending)
+        if others is not None:
+            others.conclude(ending)
+        if part.submission is None and ending.failure_class == "user":
+            discard_if_fresh(run, attempt)
+    return attempt, ending
 
 
-def _follow(run: RunDirectory, node: Node, signals: Signals) -> tuple[int, Ending | None]:
-    """The attempt that node 0 began, and how it ended if no rank is to start; waits for node 0."""
-    assert node.rendezvous is not None
-    host, _, port = node.rendezvous.rpartition(":")
-    answers: list[tuple[int, Ending | None]] = []
+def _follow(
+    part: Part, machine: Machine, console: Console, signals: Signals, started: float
+) -> tuple[int, Ending] | None:
+    run, node, attempt = part.run, part.node, 0
+    others: Meeting | None = None
+    try:
+        others = meeting.join(node, signals, console.say)
+        attempt, token, ending = others.announced()
+        if ending is None:
+            others.come(shared.problem(run, token) or _differing(part))
+            ending = others.settled()
+        ending = ending or _preflight(part, attempt, others, console)
+        if ending is None:
+            recipe = stored_recipe(run)
+            plan = make_plan(recipe)
+            ending = supervise(
+                run, recipe, plan, attempt, node, machine, console, signals, started=started, meeting=others
+            )
+    except Stopped as stopped:
+        if others is not None:
+            others.ask_to_stop(str(signals.stop))
+        return attempt, Ending(status="preempted", failure_class="preemption", message=str(stopped))
+    except Away as away:
+        ending = Ending(status="failed", failure_class="communication", message=str(away))
+    said = others.concluded() if others is not None else None
+    if said is None and attempt:
+        said = restart.concluded(run, attempt, ending)  # node 0 has gone: what it would have said
+    return attempt, said or ending
 
-    def ask() -> None:
-        from torch.distributed import TCPStore
 
+def _recipe(run: RunDirectory, file: Path | None, submission: Submission | None, overrides: Sequence[str]) -> Recipe:
+    """What the run is to go on with: the file's recipe at a job's first start, else the run's own."""
+    if file is None or (run.exists() and submission is not None and _has_started(run, submission)):
+        return stored_recipe(run, overrides)
+    recipe = load(file, overrides, new=False).recipe
+    place = run.path.absolute()
+    recipe.run.dir, recipe.run.name = str(place.parent), place.name
+    return recipe
+
+
+def _has_started(run: RunDirectory, submission: Submission) -> bool:
+    job = (submission.target, submission.job_id)
+    return any((attempt.target, attempt.job_id) == job for attempt in attempts(run))
+
+
+def _differing(part: Part) -> str:
+    """Why this node's recipe cannot be meant, where a person gave it another one than node 0 has."""
+    if not part.given:
+        return ""
+    found = changes(part.run.read_recipe(), to_dict(part.recipe))
+    listed = "\n".join(f"  {change}" for change in found)
+    return f"node 0 and node {part.node.rank} were given different recipes:\n{listed}" if found else ""
+
+
+def _preflight(part: Part, attempt: int, others: Meeting | None, console: Console) -> Ending | None:
+    """Examine the nodes side by side; how the attempt ended where they cannot train together."""
+    run, recipe = part.run, stored_recipe(part.run)  # the same on every node
+    if not recipe.cluster.preflight:
+        return None
+    plan = make_plan(recipe)
+    try:
+        seen = preflight.alone(recipe, plan, run) if others is None else preflight.together(recipe, plan, run, others)
+    except Stopped as stopped:
+        if part.node.rank > 0:
+            raise
+        return Ending(status="preempted", failure_class="preemption", message=str(stopped))
+    except Away as away:
+        return Ending(status="failed", failure_class="node", message=str(away))
+    if part.node.rank == 0:
+        seen.tell(console.say)
+        seen.keep(run, attempt)
+    return seen.ending
+
+
+def _await_name(host: str, timeout_s: float, say: Callable[[str], None]) -> None:
+    """A pod's name is known when the pod has an address; wait for that of node 0."""
+    deadline, told = time.monotonic() + timeout_s, False
+    while True:
         try:
-            wait = timedelta(seconds=node.join_timeout_s)
-            store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=wait)
-            attempt, token, ending = json.loads(store.get(_KEY))
-            problem = "" if ending else shared.problem(run, token)
-            store.set(f"{_SEEN}{node.rank}", problem)
-            refusal = Ending(status="failed", failure_class="user", message=problem) if problem else None
-            answers.append((attempt, Ending(**ending) if ending else refusal))
-        except Exception as error:
-            message = f"node 0 did not answer at {node.rendezvous}: {error}"
-            answers.append((0, Ending(status="failed", failure_class="communication", message=message)))
+            network.resolve(host)
+            return
+        except UserError as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not told:
+                say(f"waiting for the name of node 0: {error}")
+                told = True
+            time.sleep(1)
 
-    threading.Thread(target=ask, name="follow", daemon=True).start()
-    while not answers:
-        if signals.stop is not None:
-            message = f"{signals.stop} while waiting for node 0"
-            return 0, Ending(status="preempted", failure_class="preemption", message=message)
-        time.sleep(0.05)
-    return answers[0]
+
+def _not_here(rendezvous: str) -> str:
+    own = ", ".join(f"{addresses[0]} ({name})" for name, addresses in network.interfaces().items())
+    return (
+        f"--rendezvous {rendezvous}: expected an address of this machine, because it is node 0 (--node-rank 0). "
+        f"It has {own or 'none'}."
+    )
+
+
+@contextlib.contextmanager
+def _hosted(node: Node, signals: Signals) -> Iterator[Meeting | None]:
+    """Node 0's store, on which the others hear it where an error ends it early; None where this node is alone."""
+    if node.rendezvous is None:
+        yield None
+        return
+    others = meeting.host(node, signals)
+    try:
+        yield others
+    except UserError as error:
+        _say_why(others, error)
+        raise
+    finally:
+        others.leave()
+
+
+@contextlib.contextmanager
+def _excused(node: Node, signals: Signals) -> Iterator[None]:
+    """Tell the nodes that wait already why this one does not come, where an error ends it early."""
+    try:
+        yield
+    except UserError as error:
+        if node.rendezvous is not None:
+            with contextlib.suppress(Exception):
+                _excuse(node, signals, error)
+        raise
+
+
+def _excuse(node: Node, signals: Signals, error: UserError) -> None:
+    if node.rank == 0:
+        _say_why(meeting.host(node, signals), error)
+    elif meeting.listens(node):
+        others = meeting.join(node, signals, lambda text: None)
+        others.refuse(f"node {node.rank} ({others.names[node.rank]}): {error}")
+        others.leave()
+
+
+def _say_why(others: Meeting, error: UserError) -> None:
+    ending = Ending(status="failed", failure_class="user", message=str(error))
+    others.announce(0, "", ending)
+    others.conclude(ending, wait_s=_EXCUSE_S)

@@ -2,6 +2,9 @@
 
 No clocks are compared. The lock dies with its process. The record in the same file says who holds it; it is written in
 place, because a lock belongs to the file and not to its name. What a lost owner still writes, the ledger fences off.
+
+A live owner is succeeded in one case: the scheduler has started the same job again, so the earlier start is a copy that
+was cut off. Its lock cannot be had; the newcomer locks a file of its own and puts it in the place of the old one.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.run.directory import RunDirectory
-from launcher.run.ledger import latest_attempt
+from launcher.run.files import sync_folder
+from launcher.run.ledger import latest_attempt, ledger_lock
 
 HEARTBEAT_S = 5.0
 WATCH_S = 20.0  # four heartbeats
@@ -34,6 +38,19 @@ _fork_hook = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """Which start of which job this is, as its target tells.
+
+    job_id: the same in each start of one submission
+    restart: grows with each start, 0 at first
+    """
+
+    target: str
+    job_id: str
+    restart: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
     """Who holds a lease.
 
@@ -43,6 +60,7 @@ class Owner:
     heartbeat: grows while the owner lives
     since: Unix seconds on the owner's host, for people only
     released: given back in good order
+    target, job_id, restart: of its `Submission`; empty and 0 where a person started it
     """
 
     host: str
@@ -53,9 +71,19 @@ class Owner:
     since: float
     heartbeat: int = 0
     released: bool = False
+    target: str = ""
+    job_id: str = ""
+    restart: int = 0
 
     def __str__(self) -> str:
         return f"host {self.host}, pid {self.pid}"
+
+    def is_succeeded_by(self, submission: Submission | None) -> bool:
+        """Whether a start is a later one of this owner's own job, which may take over while this owner lives."""
+        if submission is None or not self.job_id:
+            return False
+        same = (self.target, self.job_id) == (submission.target, submission.job_id)
+        return same and self.restart < submission.restart
 
 
 class LeaseHeld(UserError):
@@ -69,11 +97,12 @@ class LeaseHeld(UserError):
 class Lease:
     """A held lease.
 
-    taken_from: the dead owner it was taken over from, None if it was free
+    taken_from: the owner it was taken over from, dead or an earlier start of the same job; None if it was free
     """
 
-    def __init__(self, handle: int, owner: Owner, taken_from: Owner | None) -> None:
+    def __init__(self, path: Path, handle: int, owner: Owner, taken_from: Owner | None) -> None:
         self.taken_from = taken_from
+        self._path = path
         self._handle = handle
         self._owner = owner
         self._lost = False
@@ -85,7 +114,7 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        """Whether another host has taken the run over because it saw no heartbeat; seen at the next heartbeat."""
+        """Whether another has taken the run over, seeing no heartbeat or being a later start; seen at the next beat."""
         return self._lost
 
     def beat(self) -> None:
@@ -99,17 +128,25 @@ class Lease:
     def _sign(self, owner: Owner) -> None:
         with self._write, contextlib.suppress(OSError):  # a disk that fails shows as a heartbeat that stands still
             signed = _read(self._handle)
-            if signed is not None and signed.token != self._owner.token:
+            if (signed is not None and signed.token != self._owner.token) or self._replaced():
                 self._lost = True
             if not self._lost:
                 _sign(self._handle, owner)
                 self._owner = owner
+
+    def _replaced(self) -> bool:
+        """Whether another file lies in the place of ours; none at all is a run that was removed."""
+        try:
+            return not os.path.samestat(os.fstat(self._handle), os.stat(self._path))
+        except FileNotFoundError:
+            return False
 
 
 @contextmanager
 def hold_lease(
     run: RunDirectory,
     *,
+    submission: Submission | None = None,
     heartbeat_s: float = HEARTBEAT_S,
     watch_s: float = WATCH_S,
     waiting: Callable[[str], object] = lambda text: None,
@@ -117,23 +154,23 @@ def hold_lease(
     """Be the one who drives the run; makes the directory if need be.
 
     Args:
+        submission: which start of which job this is; earlier ones of the same job are succeeded, dead or alive
         watch_s: how long the heartbeat of an owner on another host must stand still before the run is taken over; at
             least two of that owner's `heartbeat_s`
-        waiting: called with a line for the user before such a watch
+        waiting: called with a line for the user before such a watch, and when a live owner is succeeded
     Raises:
         LeaseHeld: somebody else does.
     """
     run.control.mkdir(parents=True, exist_ok=True)
     path = run.control / "lease"
-    handle = _lock(run, path)
+    handle, before = _obtain(run, path, submission, waiting)
     _keep_from_children(handle)
     try:
-        before = _read(handle)
-        if before is not None and not before.released:
+        if before is not None and not before.released and not before.is_succeeded_by(submission):
             _refuse_if_alive(run, handle, before, watch_s, waiting)
-        owner = _this_process()
+        owner = _this_process(submission)
         _sign(handle, owner)
-        lease = Lease(handle, owner, before if before is not None and not before.released else None)
+        lease = Lease(path, handle, owner, before if before is not None and not before.released else None)
         ended = threading.Event()
         thread = threading.Thread(target=_beat, args=(lease, ended, heartbeat_s), name="lease", daemon=True)
         thread.start()
@@ -171,7 +208,50 @@ def current_owner(run: RunDirectory) -> tuple[Owner | None, bool | None]:
         os.close(handle)
 
 
-def _lock(run: RunDirectory, path: Path) -> int:
+def _obtain(
+    run: RunDirectory, path: Path, submission: Submission | None, waiting: Callable[[str], object]
+) -> tuple[int, Owner | None]:
+    """The locked file, and who signed for it last."""
+    try:
+        handle = _lock(run, path, submission)
+    except LeaseHeld as held:
+        if held.owner is None or not held.owner.is_succeeded_by(submission):
+            raise
+        assert submission is not None
+        waiting(
+            f"{run.path} is still held by {held.owner}, start {held.owner.restart} of {submission.target} job "
+            f"{submission.job_id}: taken over, because this is start {submission.restart}"
+        )
+        return _replace(run, path, submission, held.owner)
+    return handle, _read(handle)
+
+
+def _replace(run: RunDirectory, path: Path, submission: Submission, before: Owner) -> tuple[int, Owner]:
+    """A locked file of our own in the place of one that a live owner holds.
+
+    Of two newcomers the second finds the first one's record there, and is refused unless it is a later start again.
+    """
+    with ledger_lock(run):
+        with open(path, "rb") as file:
+            now = _read(file.fileno())
+        if now is None or (now.token != before.token and not now.is_succeeded_by(submission)):
+            raise _held_by(run, now)
+        fresh = path.with_name(f".lease.{uuid.uuid4().hex[:12]}")
+        handle = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _sign(handle, _this_process(submission))
+            os.replace(fresh, path)
+        except BaseException:
+            os.close(handle)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(fresh)
+            raise
+        sync_folder(path.parent)
+    return handle, now
+
+
+def _lock(run: RunDirectory, path: Path, submission: Submission | None) -> int:
     """The locked file."""
     deadline = time.monotonic() + _SETTLE_S
     while True:
@@ -181,7 +261,8 @@ def _lock(run: RunDirectory, path: Path) -> int:
         except BlockingIOError:
             owner = _read(handle)
             os.close(handle)
-            if _lives_here(owner) or time.monotonic() >= deadline:
+            known = owner is not None and (_lives_here(owner) or owner.is_succeeded_by(submission))
+            if known or time.monotonic() >= deadline:
                 raise _held_by(run, owner) from None
             time.sleep(_PAUSE_S)
             continue
@@ -247,10 +328,10 @@ def _close_held() -> None:
         os.close(_held.pop())
 
 
-def _this_process() -> Owner:
+def _this_process(submission: Submission | None) -> Owner:
     return Owner(
         host=socket.gethostname(), boot_id=_boot_id(), pid=os.getpid(), pid_start=_start_of(os.getpid()),
-        token=uuid.uuid4().hex, since=time.time(),
+        token=uuid.uuid4().hex, since=time.time(), **(asdict(submission) if submission else {}),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from launcher.jobs.console import Console
 from launcher.jobs.ending import Ending
 from launcher.jobs.opening import discard_if_fresh
 from launcher.jobs.signals import Signals
-from launcher.jobs.supervisor import _pass_on_stop, conclude
+from launcher.jobs.supervisor import conclude, pass_on_stop
 from launcher.recipe.schema import Recipe
 from launcher.run.control import read_verdict, stop_reason, stop_requested
 from launcher.run.directory import RunDirectory
@@ -32,10 +32,10 @@ def run(tmp_path) -> RunDirectory:
 
 def test_the_time_limit_becomes_a_stop_request_once(run):
     signals, said = Signals(), []
-    _pass_on_stop(run, signals, time.monotonic() + 3600, said.append)
+    pass_on_stop(run, signals, time.monotonic() + 3600, said.append)
     assert not stop_requested(run)
     for _ in range(3):
-        _pass_on_stop(run, signals, time.monotonic() - 1, said.append)
+        pass_on_stop(run, signals, time.monotonic() - 1, said.append)
     assert stop_reason(run) == "time limit"
     assert len(said) == 1
 
@@ -43,7 +43,7 @@ def test_the_time_limit_becomes_a_stop_request_once(run):
 def test_a_signal_becomes_a_stop_request_with_its_name(run):
     signals = Signals()
     signals.stop = "SIGUSR1"
-    _pass_on_stop(run, signals, None, lambda text: None)
+    pass_on_stop(run, signals, None, lambda text: None)
     assert stop_reason(run) == "SIGUSR1"
 
 
