@@ -20,20 +20,32 @@ VERSION = 1
 @click.argument("recipe", metavar="RECIPE|RUN")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @click.option("--target", help="torchrun, accelerate, slurm, ray or kubernetes.  [default: cluster.target]")
+@click.option("--sweep", multiple=True, metavar="KEY=A,B,...", help="A run for each value; several: each combination.")
 @click.option("--wait", is_flag=True, help="Follow the job to its end, and end with its code as `launcher run` does.")
 @click.option("--force", is_flag=True, help="Go on even where the recipe has become that of another run.")
 @click.option("--json", "as_json", is_flag=True, help="Print one object (docs/json.md).")
-def command(recipe: str, overrides: tuple[str, ...], target: str | None, wait: bool, force: bool, as_json: bool) -> int:
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    target: str | None,
+    sweep: tuple[str, ...],
+    wait: bool,
+    force: bool,
+    as_json: bool,
+) -> int:
     """Submit a recipe, or a run that is to go on, after every check; wait for nothing unless told to.
 
     What is submitted is what `launcher render` shows, kept in the run's job/submission-N. A run whose last job is
     still queued or running is refused. Targets torchrun and accelerate start the job in the background on this
-    machine.
+    machine. A sweep is one array job on Slurm, a job for each run on Ray and Kubernetes.
 
     \b
     example: launcher submit recipes/tiny-cpu.yaml train.max_steps=50
     example: launcher submit runs/big cluster.time_limit_min=720 --target slurm --wait
+    example: launcher submit recipes/llama3.1-8b-fsdp2.yaml --target slurm --sweep optimizer.lr=1e-5,3e-5
     """
+    if sweep:
+        return _sweep(recipe, overrides, target, sweep, wait=wait, force=force, as_json=as_json)
     from launcher.jobs.submit import submit
 
     submitted = submit(
@@ -51,6 +63,36 @@ def command(recipe: str, overrides: tuple[str, ...], target: str | None, wait: b
     except KeyboardInterrupt:
         click.echo(f"the job goes on; it is stopped by: launcher cancel {submitted.job.run}", err=True)
         return 130
+
+
+def _sweep(
+    recipe: str,
+    overrides: tuple[str, ...],
+    target: str | None,
+    texts: tuple[str, ...],
+    *,
+    wait: bool,
+    force: bool,
+    as_json: bool,
+) -> int:
+    from launcher.errors import UserError
+    from launcher.jobs.sweep import expand, parse, submit_sweep
+    from launcher.recipe.presets import recipe_file
+
+    if wait:
+        raise UserError("--wait: follows one job, not those of --sweep. Look with `launcher runs`.")
+    if recipe_file(recipe) is None and not recipe.endswith((".yaml", ".yml")):
+        raise UserError(f"--sweep: makes new runs from a recipe, and '{recipe}' is none.")
+    name, recipes = expand(lambda changes: load_for_target(recipe, changes, target), overrides, parse(texts))
+    submitted = submit_sweep(recipes, name=name, force=force, say=lambda text: click.echo(text, err=as_json))
+    if as_json:
+        click.echo(json.dumps([_object(one) for one in submitted], indent=2))
+    else:
+        for one in submitted:
+            click.echo(f"submitted {one.job.run}: {one.job.target} job {one.job.id}")
+        if submitted:
+            click.echo(f"  files:  {submitted[0].job.folder}\n  look:   launcher runs {submitted[0].job.run.parent}")
+    return 0
 
 
 def _object(submitted: Submitted) -> dict[str, object]:

@@ -20,8 +20,6 @@ from launcher.jobs.spec import JobSpec, Rendered
 from launcher.jobs.targets import slurm_states
 from launcher.jobs.targets.slurm_script import FILE, cores_of_a_node, output_name, script, uses_gpus
 
-__all__ = ["cancel", "logs", "problems", "render", "render_sweep", "status", "submit", "submit_sweep", "validate"]
-
 NAME_LENGTH = 200  # with a job id and `slurm-` it has to fit into a file name, and accounting keeps 255
 _NAME = re.compile(r"[A-Za-z0-9][\w.,=+@-]*", re.ASCII)
 _ASK_TIMEOUT_S = 60
@@ -113,19 +111,23 @@ def render_sweep(specs: Sequence[JobSpec]) -> Rendered:
     """
     first = specs[0]
     for spec in specs[1:]:
-        if replace(spec, name="", run="", argv=(), files={}, accelerate={}) != replace(
-            first, name="", run="", argv=(), files={}, accelerate={}
-        ):
+        if _without_names(spec) != _without_names(first):
             raise UserError(
                 f"--sweep: {spec.name} asks for other machines, time or settings than {first.name}: expected the same "
                 "of all, because one array job starts them. Submit those one by one."
             )
-    files = {
-        f"{Path(name).stem}-{number}{Path(name).suffix}": text
-        for number, spec in enumerate(specs)
-        for name, text in spec.files.items()
-    }
+    files = {element_file(name, number): text for number, spec in enumerate(specs) for name, text in spec.files.items()}
     return Rendered({**files, FILE: script(specs)}, f"sbatch {FILE}")
+
+
+def _without_names(spec: JobSpec) -> JobSpec:
+    """What the runs of a sweep share."""
+    return replace(spec, name="", run="", argv=(), files={}, accelerate={}, submission=0)
+
+
+def element_file(name: str, number: int) -> str:
+    """What a file of a run is called among those of a sweep, as recipe-0.yaml."""
+    return f"{Path(name).stem}-{number}{Path(name).suffix}"
 
 
 def validate(spec: JobSpec, rendered: Rendered, folder: Path) -> Iterator[Finding]:
