@@ -33,9 +33,9 @@ class Kubernetes:
     tolerations: taints that pods tolerate, as Kubernetes writes them
     labels: put on the job
     annotations: put on the job
-    ttl_s: seconds after which a finished job is removed; null: kept
+    ttl_s: seconds after which a finished job is removed, of a rayjob its cluster; null: kept; not for trainjob
     runtime: name of the ClusterTrainingRuntime; for trainjob
-    ray_version: Ray's version in the image; null: the one installed here; for rayjob
+    ray_version: Ray's version in the image, which KubeRay is told; null: left to KubeRay; for rayjob
     """
 
     kind: Literal["jobset", "trainjob", "rayjob"] = "jobset"
