@@ -50,7 +50,8 @@ class Task:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The driver's exit code: 0 finished, 1 stopped for good, 2 a user's mistake, 75 stopped with a checkpoint."""
     given = _parser().parse_args(arguments)
-    cluster = _cluster(given.recipe)
+    cluster, recipe = _cluster(given.recipe), Path(given.recipe).read_text(encoding="utf-8")
+    here = os.getcwd()  # ray.init may leave it
     try:
         import ray
     except ImportError:
@@ -59,12 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         local = cluster.ray.address == "local" and _JOB_CONFIG not in os.environ
         _connect(ray, cluster, local=local)
         task = Task(
-            run=os.path.abspath(given.run),
-            recipe=Path(given.recipe).read_text(encoding="utf-8"),
+            run=os.path.join(here, given.run),
+            recipe=recipe,
             cluster=cluster,
             job=given.job_id or _submission_id() or f"{Path(given.run).name}-{os.getpid()}",
             first_restart=given.restart,
-            folder=given.folder or (os.getcwd() if local else None),
+            folder=given.folder or (here if local else None),
         )
         try:
             return Driver(ray, task, stop).drive()

@@ -7,6 +7,7 @@ NAME ...` prints a rendered runtime environment with the values of those variabl
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -38,6 +39,7 @@ _STOP_MARGIN_S = 60  # on top of what the run itself has for its checkpoint
 _LIMIT_BYTES = 512 << 20  # of one package: Ray's largest message (GRPC_CPP_MAX_MESSAGE_SIZE, Ray 2.60)
 _NOT_SHIPPED = {".git", ".venv", "venv", "__pycache__"}  # by Ray's own default
 _ENVIRONMENT = threading.Lock()  # held by who changes it: several jobs may be asked for at once
+_TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")  # of each package
 _INSTALL = 'pip install "train-launcher[ray]"'
 
 
@@ -230,6 +232,7 @@ def _driver_script(spec: JobSpec) -> str:
         "set -euo pipefail",
         'here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)',
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(spec.env.items())),
+        *spec.code_lines,
         f'exec python -m launcher.jobs.ray_driver {shlex.quote(spec.run)} --recipe "$here/recipe.yaml"{options}',
     ]
     return "\n".join(lines) + "\n"
@@ -319,6 +322,8 @@ def _asked(address: str, what: str) -> Iterator[Any]:
 def _client(make: Any, address: str) -> Any:
     """A client of this address; left to itself it would take what RAY_ADDRESS says in its place (Ray 2.60)."""
     headers, name = json.loads(os.environ.get("RAY_JOB_HEADERS") or "null"), "RAY_API_SERVER_ADDRESS"
+    for module in _TALKATIVE:
+        logging.getLogger(module).setLevel(logging.WARNING)
     with _ENVIRONMENT:
         before = os.environ.get(name)
         os.environ[name] = address
