@@ -138,7 +138,7 @@ def _submit_array(recipes: Sequence[Recipe], *, name: str, force: bool, say: Say
             replace(spec, code=code, submission=submissions.next_number(place))
             for spec, place in zip(specs, places, strict=True)
         ]
-        rendered = slurm.render_sweep(specs)
+        rendered = slurm.render_sweep(specs, name=name)
         with _folder(Path(specs[0].run).parent / f"{name}.sweep") as folder:
             for file, text in rendered.files.items():
                 (folder / file).write_text(text)

@@ -100,10 +100,10 @@ def _gres(spec: JobSpec) -> Iterator[Problem]:
 
 def render(spec: JobSpec) -> Rendered:
     """`job.sbatch` beside the run's files."""
-    return Rendered({**spec.files, FILE: script([spec])}, f"sbatch {FILE}")
+    return Rendered({**spec.files, FILE: script([spec], name=spec.name)}, f"sbatch {FILE}")
 
 
-def render_sweep(specs: Sequence[JobSpec]) -> Rendered:
+def render_sweep(specs: Sequence[JobSpec], *, name: str) -> Rendered:
     """`job.sbatch` as one array job; the files of element I carry `-I`, as recipe-0.yaml.
 
     Raises:
@@ -117,7 +117,7 @@ def render_sweep(specs: Sequence[JobSpec]) -> Rendered:
                 "of all, because one array job starts them. Submit those one by one."
             )
     files = {element_file(name, number): text for number, spec in enumerate(specs) for name, text in spec.files.items()}
-    return Rendered({**files, FILE: script(specs)}, f"sbatch {FILE}")
+    return Rendered({**files, FILE: script(specs, name=name)}, f"sbatch {FILE}")
 
 
 def _without_names(spec: JobSpec) -> JobSpec:
@@ -179,8 +179,19 @@ def submit_sweep(specs: Sequence[JobSpec], rendered: Rendered, folder: Path) -> 
 
 def status(job: Job) -> JobStatus:
     """Ask squeue, then sacct, then scontrol; the first that knows the job is believed."""
-    told = slurm_states.ask(job.id, cluster=job.more.get("cluster"), run=_run)
-    return slurm_states.status(told, requeue=job.more.get("requeue") != "no")
+    return statuses([job])[0]
+
+
+def statuses(jobs: Sequence[Job]) -> list[JobStatus]:
+    """As `status`, in their order; squeue is called once for all jobs of a cluster."""
+    by_cluster: dict[str | None, list[str]] = {}
+    for job in jobs:
+        by_cluster.setdefault(job.more.get("cluster"), []).append(job.id)
+    told = {cluster: slurm_states.ask(ids, cluster=cluster, run=_run) for cluster, ids in by_cluster.items()}
+    return [
+        slurm_states.status(told[job.more.get("cluster")][job.id], requeue=job.more.get("requeue") != "no")
+        for job in jobs
+    ]
 
 
 def logs(job: Job) -> Iterator[str]:

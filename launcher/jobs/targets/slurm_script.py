@@ -16,11 +16,11 @@ PORTS = "10000 + (SLURM_JOB_ID + 1009 * try) % 20000"  # below 32768, where the 
 _LAUNCHER_VARIABLES = ("LAUNCHER_TARGET", "LAUNCHER_JOB_ID", "LAUNCHER_JOB_RESTART")
 
 
-def script(specs: Sequence[JobSpec]) -> str:
-    """The batch script of one run, or of several that differ in name and recipe alone."""
+def script(specs: Sequence[JobSpec], *, name: str) -> str:
+    """The batch script `name` of one run, or of several that differ in name and recipe alone."""
     spec, array = specs[0], len(specs) > 1
     parts = [
-        ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(spec, len(specs)))],
+        ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(spec, name, len(specs)))],
         _about(specs),
         _environment(spec),
         _run(specs),
@@ -52,12 +52,12 @@ def output_name(*, array: bool) -> str:
     return "slurm-%A_%a.out" if array else "slurm-%j.out"
 
 
-def _options(spec: JobSpec, runs: int) -> Iterator[str]:
+def _options(spec: JobSpec, name: str, runs: int) -> Iterator[str]:
     slurm, tasks = spec.cluster.slurm, _tasks_per_node(spec)
-    yield f"--job-name={shlex.quote(spec.name)}"
-    for name in ("account", "partition", "qos", "constraint", "exclude", "reservation", "comment"):
-        if (value := getattr(slurm, name)) is not None:
-            yield f"--{name}={shlex.quote(value)}"
+    yield f"--job-name={shlex.quote(name)}"
+    for key in ("account", "partition", "qos", "constraint", "exclude", "reservation", "comment"):
+        if (value := getattr(slurm, key)) is not None:
+            yield f"--{key}={shlex.quote(value)}"
     if runs > 1:
         limit = f"%{slurm.sweep_parallel}" if slurm.sweep_parallel else ""
         yield f"--array=0-{runs - 1}{limit}"
@@ -104,6 +104,7 @@ def _environment(spec: JobSpec) -> list[str]:
         why = "cluster.setup has run and left it unset" if spec.setup else "it is not set where sbatch was called"
         lines += [f': "${{{name}:?cluster.env names it, but {why}}}"' for name in spec.env_names]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(spec.env.items())]
+    lines += spec.code_lines
     return lines
 
 

@@ -25,6 +25,8 @@ _STATES: dict[str, State] = {
     "CANCELLED": "cancelled", "REVOKED": "cancelled",
     "REQUEUED": "preempted-will-return", "REQUEUE_FED": "preempted-will-return",
 }  # fmt: skip
+_SQUEUE = "--format=%i|%T|%r|%N"
+_SACCT = "--format=JobID,State,ExitCode,NodeList"
 _COME_BACK = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL")  # started again by Slurm itself, where requeue is on
 _HELD = ("JobHeldAdmin", "JobHeldUser", "job_requeued_in_held_state")
 _UNTOLD = ("None", "(null)", "", "Unknown", "None assigned")
@@ -47,16 +49,27 @@ def of_cluster(name: str | None) -> list[str]:
     return ["-M", name] if name else []
 
 
-def ask(job: str, *, cluster: str | None, run: Run) -> Told | str:
-    """What the first of squeue, sacct and scontrol that knows the job says of it; else why none does."""
-    where, words = of_cluster(cluster), []
-    code, out, error = run(["squeue", *where, "--noheader", "--states=all", f"--jobs={job}", "--format=%i|%T|%r|%N"])
-    if told := from_squeue(out, job):
-        more = from_scontrol(run(["scontrol", *where, "--oneliner", "show", "job", job])[1], job)
-        return replace(told, restarts=more.restarts, exit_code=more.exit_code) if more else told
-    words.append(_said("squeue", code, error))
-    columns = "JobID,State,ExitCode,NodeList"
-    code, out, error = run(["sacct", *where, "-X", "-n", "-P", f"--jobs={job}", f"--format={columns}"])
+def ask(jobs: Sequence[str], *, cluster: str | None, run: Run) -> dict[str, Told | str]:
+    """What the first of squeue, sacct and scontrol that knows a job says of it; else why none does."""
+    where = of_cluster(cluster)
+    code, out, error = run(["squeue", *where, "--noheader", "--states=all", f"--jobs={','.join(jobs)}", _SQUEUE])
+    found: dict[str, Told | str] = {}
+    for job in jobs:
+        queued = from_squeue(out, job)
+        if queued is None:
+            found[job] = _ended(job, where, run, _said("squeue", code, error))
+        elif queued.state == "PENDING":  # for the first time, or again?
+            shown = from_scontrol(run(["scontrol", *where, "--oneliner", "show", "job", job])[1], job)
+            found[job] = replace(queued, restarts=shown.restarts) if shown else queued
+        else:
+            found[job] = queued
+    return found
+
+
+def _ended(job: str, where: Sequence[str], run: Run, said: str) -> Told | str:
+    """What is told of a job that squeue has forgotten. said: why it told nothing"""
+    words = [said]
+    code, out, error = run(["sacct", *where, "-X", "-n", "-P", f"--jobs={job}", _SACCT])
     if told := from_sacct(out, job):
         return told
     words.append(_said("sacct", code, error))
