@@ -1,8 +1,8 @@
 """One rank under plain torchrun: `torchrun ... -m launcher.trainer RUN`; ends 0, 1 or 2, state.json says the rest.
 
 `accelerate launch ... -m launcher.trainer RUN` is the same, where its settings agree with the run.
-Without --attempt, rank 0 starts an attempt of its own in the run's ledger and holds the run's lease, as `launcher run`
-would, and the others are told its number.
+Without --attempt or LAUNCHER_ATTEMPT, rank 0 starts an attempt of its own in the run's ledger and holds the run's
+lease, as `launcher run` would, and the others are told its number.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m launcher.trainer", description=__doc__)
     parser.add_argument("run", help="run directory, prepared: recipe.yaml, plan.json and data.json are there")
-    parser.add_argument("--attempt", type=int, help="number of an attempt that was started by somebody else")
+    given = "number of an attempt that somebody else started and ends  [default: LAUNCHER_ATTEMPT]"
+    parser.add_argument("--attempt", type=int, default=os.environ.get("LAUNCHER_ATTEMPT"), help=given)
     arguments = parser.parse_args()
     try:
         if _nothing_to_do(Path(arguments.run)):
@@ -100,7 +101,11 @@ def _attempt(path: Path, given: int | None) -> Iterator[int]:
         if ranks.rank == 0:
             clear_stop(run)
             number += start_attempt(
-                run, target=_starter(), job_id=None, nodes=[node_name()], reason=f"plain {_starter()}"
+                run,
+                target=_starter(),
+                job_id=os.environ.get("LAUNCHER_JOB_ID"),
+                nodes=[node_name()],
+                reason=f"plain {_starter()}",
             )
         dist.broadcast(number, src=0)
         try:

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,9 @@ def run_of(recipe: Path, name: str = "tiny") -> RunDirectory:
     return RunDirectory(recipe.parent / "runs" / name)
 
 
-def launcher(*arguments: str | Path, **more: Any) -> subprocess.Popen[str]:
-    """A `launcher` process with its output in pipes, in a process group of its own."""
-    command = [sys.executable, "-m", "launcher", *map(str, arguments)]
+def launcher(*arguments: str | Path, prefix: Sequence[str] = (), **more: Any) -> subprocess.Popen[str]:
+    """A `launcher` process with its output in pipes, in a process group of its own; `prefix`: what starts it."""
+    command = [*prefix, sys.executable, "-m", "launcher", *map(str, arguments)]
     more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True, **more}
     more["env"] = {**os.environ, "OMP_NUM_THREADS": "1", **more.get("env", {})}
     return subprocess.Popen(command, **more)
