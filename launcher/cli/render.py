@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 @click.option("--target", help="torchrun, accelerate, slurm, ray or kubernetes.  [default: cluster.target]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the files into this folder instead.")
 @click.option("--diff", "against", metavar="RUN", help="Print only what differs from what that run started last.")
+@click.option(
+    "--crds", metavar="DIR", help="For kubernetes: check the job against the CRDs in DIR  [LAUNCHER_CRD_DIR]."
+)
 @click.option("--explain", is_flag=True, help="Print each engine setting and why it is so, in place of the files.")
 @click.option("--json", "as_json", is_flag=True, help="Print one object (docs/json.md).")
 def command(
@@ -37,6 +41,7 @@ def command(
     target: str | None,
     output: Path | None,
     against: str | None,
+    crds: str | None,
     explain: bool,
     as_json: bool,
 ) -> int:
@@ -57,7 +62,11 @@ def command(
 
     if against is not None and (explain or output is not None):
         raise UserError("--diff prints differences and nothing else: leave -o and --explain away.")
+    if crds is not None:
+        os.environ["LAUNCHER_CRD_DIR"] = crds
     loaded = load_for_target(recipe, overrides, target)
+    if crds is not None and loaded.cluster.target != "kubernetes":
+        raise UserError(f"--crds {crds}: only target kubernetes has CRDs, this job is for {loaded.cluster.target}.")
     plan = make_plan(loaded)
     spec, module = job_spec(loaded, plan), find(loaded.cluster.target)
     if against is not None:
@@ -163,8 +172,9 @@ def _print_differences(old: tuple[str, Mapping[str, str]], new: Mapping[str, str
 
 def _difference(name: str, old: str | None, new: str | None) -> str:
     before, after = ((text or "").splitlines(keepends=True) for text in (old, new))
-    names = [f"{side}/{name}" if text is not None else "/dev/null" for side, text in (("last", old), ("now", new))]
-    lines = difflib.unified_diff(before, after, *names)
+    last = "/dev/null" if old is None else f"last/{name}"
+    now = "/dev/null" if new is None else f"now/{name}"
+    lines = difflib.unified_diff(before, after, last, now)
     return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
 
 

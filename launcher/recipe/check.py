@@ -8,7 +8,13 @@ from pathlib import Path
 
 from launcher.errors import Problem, RecipeError
 from launcher.recipe.compose import Composed, draft, in_order
-from launcher.recipe.paths import check_data_paths, check_model_paths, check_output_paths, make_absolute
+from launcher.recipe.paths import (
+    check_data_paths,
+    check_model_paths,
+    check_output_paths,
+    check_pod_paths,
+    make_absolute,
+)
 from launcher.recipe.read import shown
 from launcher.recipe.rules import architecture, sizes, sources, together
 from launcher.recipe.schema import Recipe, check_sections
@@ -88,6 +94,7 @@ RULES: tuple[Rule, ...] = (
     check_model_paths,
     check_data_paths,
     check_output_paths,
+    check_pod_paths,
     sources.data_sources,
     sources.objective,
     sources.evaluation,

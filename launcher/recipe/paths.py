@@ -48,6 +48,33 @@ def make_absolute(recipe: Recipe) -> None:
             setattr(data, key, absolute(word))
 
 
+def only_in_pods(recipe: Recipe) -> bool:
+    """Whether the job's pods, and not this machine, have what its paths name; inside of the job all are looked for."""
+    return recipe.cluster.target == "kubernetes" and "LAUNCHER_JOB_ID" not in os.environ
+
+
+def check_pod_paths(recipe: Recipe) -> Iterator[Problem]:
+    """Paths that pods would not see: of this machine's disk, since only cluster.kubernetes.mount is theirs."""
+    if not only_in_pods(recipe):
+        return
+    mount, data = os.path.normpath(recipe.cluster.kubernetes.mount), recipe.data
+    words = {
+        **{f"model.{key}": getattr(recipe.model, key) for key in ("name", "tokenizer")},
+        **{f"data.train.{i}.path": source.path for i, source in enumerate(data.train)},
+        **{f"data.eval.{i}.path": source.path for i, source in enumerate(data.eval)},
+        **{
+            f"data.{key}": word and absolute(word)
+            for key in ("chat_template", "cache_dir")
+            if (word := getattr(data, key))
+        },
+    }
+    for key, word in words.items():
+        if word is not None and looks_like_path(word) and not absolute(word).startswith(mount.rstrip("/") + "/"):
+            expected = f"a path below cluster.kubernetes.mount = {mount}, which is all that pods see"
+            fix = f"Copy it to the claim, and write {mount}/... ."
+            yield Problem(key, word, expected, fix, because=("cluster.kubernetes.mount",))
+
+
 def check_model_paths(recipe: Recipe) -> Iterator[Problem]:
     """A model or tokenizer folder that is not there or not whole; a word that is neither a path nor a hub id."""
     for key, needed in (("name", ("config.json",)), ("tokenizer", _TOKENIZER_FILES)):
@@ -57,6 +84,8 @@ def check_model_paths(recipe: Recipe) -> Iterator[Problem]:
         full = f"model.{key}"
         if not looks_like_path(word):
             yield from _hub_id(full, word)
+        elif only_in_pods(recipe):
+            continue  # `check_pod_paths` says what can be said from here
         elif key == "tokenizer" and word.endswith(".json") and os.path.isfile(absolute(word)):
             continue  # a tokenizer.json alone, as the tokenizers library writes it
         elif not os.path.isdir(path := absolute(word)):
@@ -69,14 +98,17 @@ def check_data_paths(recipe: Recipe) -> Iterator[Problem]:
     """Data files that are not there or of an unknown kind; a chat template that is not a file."""
     for key, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for i, source in enumerate(sources):
-            yield from _source(f"data.{key}.{i}.path", source)
+            if not (only_in_pods(recipe) and looks_like_path(source.path)):
+                yield from _source(f"data.{key}.{i}.path", source)
     template = recipe.data.chat_template
-    if template is not None and not os.path.isfile(path := absolute(template)):
+    if template is not None and not only_in_pods(recipe) and not os.path.isfile(path := absolute(template)):
         yield Problem("data.chat_template", template, "a file with a Jinja chat template", _beside(path))
 
 
 def check_output_paths(recipe: Recipe) -> Iterator[Problem]:
     """Folders to be written that are files."""
+    if only_in_pods(recipe):
+        return
     for key, word in (("run.dir", recipe.run.dir), ("data.cache_dir", recipe.data.cache_dir)):
         if word is not None and os.path.isfile(absolute(word)):
             yield Problem(key, word, "a folder, this is a file")
