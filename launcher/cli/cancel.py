@@ -24,7 +24,7 @@ def command(run: str) -> None:
     from launcher.jobs.asking import ask_one
     from launcher.jobs.job import OVER
     from launcher.jobs.submissions import latest
-    from launcher.run.control import request_stop
+    from launcher.run.control import CANCEL, request_stop
     from launcher.run.lease import current_owner
     from launcher.run.state import read_state
 
@@ -38,7 +38,7 @@ def command(run: str) -> None:
         said = f"{job.target} job {job.id} is {status.state}" if job and status else "nothing was submitted"
         raise UserError(f"{directory.path} is {read_state(directory).status} ({said}): there is nothing to cancel.")
     if directory.exists():
-        request_stop(directory, f"cancel by {getpass.getuser()}@{socket.gethostname()}")
+        request_stop(directory, f"{CANCEL} by {getpass.getuser()}@{socket.gethostname()}")
     if job is not None and status is not None and active:
         targets.find(job.target).cancel(job)
         click.echo(f"{job.target} job {job.id}, {status.state}: asked to end; it does not come back")

@@ -12,12 +12,11 @@ from dataclasses import dataclass, fields, replace
 from launcher.errors import UserError
 from launcher.jobs.ending import Ending
 from launcher.recipe.schema.restart import Restart
-from launcher.run.control import Verdict, clear_stop, stop_reason
+from launcher.run.control import CANCEL, Verdict, clear_stop, stop_reason
 from launcher.run.directory import RunDirectory, parse_checkpoint_name
 from launcher.run.ledger import Attempt, attempts, valid_checkpoints
 
 BUDGETS = ("node", "communication", "hang", "unknown")  # classes with a key in cluster.restart
-CANCEL = "cancel"  # how the reason of a stop request begins that is for good
 BY_HAND = "local"  # the target of a start that no scheduler made, so that nobody counts how often
 _OUTLIVED = ("preemption", "communication", "node", "unknown")  # classes of an end that a cancel itself may have caused
 

@@ -20,6 +20,7 @@ FailureClass = Literal[
     "user", "data", "out_of_memory", "non_finite", "hang", "communication", "node", "preemption", "unknown"
 ]
 Verdict = Literal["requeue", "stop"]
+CANCEL = "cancel"  # how the reason of a stop request begins that is for good
 _TRACEBACK_CHARACTERS = 8000  # its end is what tells, and it has to fit into the reserve
 CONSEQUENCES = ("communication", "preemption", "unknown", None)  # what ranks say when another one has gone
 
@@ -51,8 +52,11 @@ class Outcome:
 def request_stop(run: RunDirectory, reason: str) -> None:
     """Ask the ranks for a checkpoint and a stop at the next step boundary; asking again changes only the reason.
 
-    On a full disk the request is an empty file: its presence is what counts.
+    A cancel stays one, whatever signal follows. On a full disk the request is an empty file: its presence is what
+    counts.
     """
+    if (stop_reason(run) or "").startswith(CANCEL):
+        return
     run.control.mkdir(parents=True, exist_ok=True)
     try:
         write_atomic(run.control / "stop-request", json.dumps({"reason": reason, "time": time.time()}) + "\n")
