@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ class JobSpec:
     stop_lead_s: seconds before that limit at which it is asked to, and what a preempted one is given
     files: name to text, stored beside what a target renders
     accelerate: what Accelerate's configuration file says of this job, for the target that writes one
+    code: folder of the copied code that the job runs from (`launcher.jobs.snapshot`); None: what is installed
     submission: number of this hand-over among the run's, for targets whose jobs need names of their own
     """
 
@@ -48,7 +50,20 @@ class JobSpec:
     stop_lead_s: int = 300
     files: Mapping[str, str] = field(default_factory=dict)
     accelerate: Mapping[str, Any] = field(default_factory=dict)
+    code: str | None = None
     submission: int = 1
+
+    @property
+    def code_lines(self) -> tuple[str, ...]:
+        """Shell lines, behind set-up and environment, that make Python look through the copied code first."""
+        if self.code is None:
+            return ()
+        where, path = shlex.quote(self.code), ":".join(shlex.quote(place) for place in places(self.code))
+        return (
+            "# The code as it was when the job was submitted.",
+            f"[[ -d {where} ]] || {{ echo {where}': not there, only launcher submit copies the code' >&2; exit 2; }}",
+            f'export PYTHONSAFEPATH=1 PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +72,11 @@ class Rendered:
 
     files: Mapping[str, str]
     command: str
+
+
+def places(code: str | Path) -> list[str]:
+    """The folders of copied code that Python is to look through; one that is not there is passed over."""
+    return [str(Path(code, "package")), str(Path(code, "repository"))]
 
 
 def job_spec(recipe: Recipe, plan: Plan) -> JobSpec:

@@ -59,6 +59,14 @@ def stop() -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def renew(kind: str, device: str) -> None:
+    """Replace the fork server by one that imports what `sys.path` leads to now; it must not have started anything."""
+    if (pid := server_pid()) is not None:
+        stop()
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # `start` collects it
+    start(kind, device)
+
+
 def server_pid() -> int | None:
     """The fork server of this process, whose children the ranks are; None before `start`."""
     pid: int | None = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
