@@ -100,6 +100,7 @@ def _head(spec: JobSpec, what: str) -> list[str]:
         *(f': "${{{name}:?cluster.env names it, but {unset}}}"' for name in spec.env_names),
         *(_rendezvous() if spec.nodes > 1 else ()),
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(spec.env.items())),
+        *spec.code_lines,
         *_threads(spec.nproc_per_node),
     ]
 
