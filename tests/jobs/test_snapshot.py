@@ -137,7 +137,8 @@ def test_the_attempts_provenance_is_that_of_the_copied_code(repository, tmp_path
 def test_the_script_makes_python_look_through_the_copy_first_and_says_where_it_is_missing(repository, target):
     job = snapshot.planned(spec(repository))
     (text,) = (text for name, text in render(job, target=target).files.items() if name.endswith((".sh", ".sbatch")))
-    assert f'export PYTHONSAFEPATH=1 PYTHONPATH={job.code}/package:{job.code}/repository"${{PYTHONPATH:+:$PYTHONPATH}}"' in text
+    places = f"{job.code}/package:{job.code}/repository"
+    assert f'export PYTHONSAFEPATH=1 PYTHONPATH={places}"${{PYTHONPATH:+:$PYTHONPATH}}"' in text
     done = subprocess.run(["bash", "-c", "\n".join(job.code_lines)], capture_output=True, text=True)
     assert (done.returncode, "only launcher submit copies the code" in done.stderr) == (2, True)
 

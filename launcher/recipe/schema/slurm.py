@@ -34,7 +34,7 @@ class Slurm:
     """What a batch job asks of Slurm.
 
     account: to be charged; null: the site's default, as for the next six
-    partition: queue
+    partition: queue that the job waits in
     qos: quality of service
     constraint: features that nodes must have
     exclude: nodes not to be used
