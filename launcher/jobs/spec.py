@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher import __version__
 from launcher.plan import Plan
+from launcher.plan.saving import stop_lead_s
 from launcher.recipe.schema import Cluster, Recipe, to_dict
 from launcher.strategy import accelerate, engine_settings, settings_file
 
@@ -125,13 +126,6 @@ def recipe_text(recipe: Recipe) -> str:
     """The resolved recipe in the part of YAML that is also JSON, so that it can be read without a YAML library."""
     header = f"# Resolved by launcher {__version__}: every key, presets and overrides applied.\n"
     return header + json.dumps(to_dict(recipe), indent=2) + "\n"
-
-
-def stop_lead_s(cluster: Cluster) -> int:
-    """Seconds before the time limit at which a run is asked to stop; a preempted one is given as long."""
-    if cluster.stop_lead_s is not None:
-        return cluster.stop_lead_s
-    return 300 if cluster.time_limit_min is None else min(300, cluster.time_limit_min * 6)
 
 
 def stop_after_s(cluster: Cluster) -> int | None:

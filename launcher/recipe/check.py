@@ -16,7 +16,7 @@ from launcher.recipe.paths import (
     make_absolute,
 )
 from launcher.recipe.read import shown
-from launcher.recipe.rules import architecture, sizes, sources, together
+from launcher.recipe.rules import architecture, sizes, sources, targets, together
 from launcher.recipe.schema import Recipe, check_sections
 from launcher.recipe.tree import within
 
@@ -78,6 +78,7 @@ def _memory(recipe: Recipe) -> Iterator[Problem]:
     if recipe.model.config is None and (recipe.cluster.gpu_memory_gib is None or recipe.cluster.accelerator == "cpu"):
         return
     from launcher.plan import make_plan, memory_problems
+    from launcher.plan.saving import saving_problems
 
     try:
         plan = make_plan(recipe)
@@ -87,6 +88,7 @@ def _memory(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(key, value, f"an architecture whose parameters can be counted ({error})")
         return
     yield from memory_problems(recipe, plan)
+    yield from saving_problems(recipe, plan)
 
 
 RULES: tuple[Rule, ...] = (
@@ -111,4 +113,6 @@ RULES: tuple[Rule, ...] = (
     architecture.buildable,
     together.deepspeed,
     together.on_the_cpu,
+    targets.shared_folder,
+    targets.snapshot,
 )

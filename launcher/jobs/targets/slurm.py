@@ -19,6 +19,7 @@ from launcher.jobs.job import Finding, Job, JobStatus
 from launcher.jobs.spec import JobSpec, Rendered
 from launcher.jobs.targets import slurm_states
 from launcher.jobs.targets.slurm_script import FILE, cores_of_a_node, output_name, script, uses_gpus
+from launcher.plan.saving import save_s, time_problem
 
 NAME_LENGTH = 200  # with a job id and `slurm-` it has to fit into a file name, and accounting keeps 255
 _NAME = re.compile(r"[A-Za-z0-9][\w.,=+@-]*", re.ASCII)
@@ -53,7 +54,8 @@ def problems(spec: JobSpec) -> Iterator[Problem]:
     if spec.name and (not _NAME.fullmatch(spec.name) or len(spec.name) > NAME_LENGTH):
         expected = f"at most {NAME_LENGTH} letters, digits and . _ , = + @ -, the first a letter or digit"
         yield Problem("run.name", spec.name, f"{expected}, to be the name of a Slurm job")
-    yield from _time(spec)
+    if (limit := time_problem(spec.cluster, save_s())) is not None:
+        yield limit
     if (cores := slurm.cpus_per_node) is not None and 1 <= cores < ranks:
         yield Problem(
             "cluster.slurm.cpus_per_node", cores, f"{ranks} or more, one core for each rank of a node",
@@ -72,15 +74,6 @@ def problems(spec: JobSpec) -> Iterator[Problem]:
     yield from _gres(spec)
     if slurm.container.runtime != "none" and re.search(r"[,:\s]", spec.run):
         yield Problem("run.dir", spec.run, "a path without comma, colon and space, to be mounted into the container")
-
-
-def _time(spec: JobSpec) -> Iterator[Problem]:
-    limit = spec.time_limit_min
-    if limit is not None and limit >= 1 and spec.stop_lead_s >= limit * 60:
-        yield Problem(
-            "cluster.time_limit_min", limit, f"more than the {spec.stop_lead_s} s of cluster.stop_lead_s",
-            f"Use at least {spec.stop_lead_s // 60 + 1}, or a smaller stop_lead_s.", because=("cluster.stop_lead_s",),
-        )  # fmt: skip
 
 
 def _gres(spec: JobSpec) -> Iterator[Problem]:

@@ -99,7 +99,10 @@ def _environment(spec: JobSpec) -> list[str]:
     slurm = spec.cluster.slurm
     contained = slurm.container.runtime != "none"
     setup = slurm.container.setup if contained else spec.setup
-    lines = ["set -eo pipefail", *setup, "set -u"] if setup else ["set -euo pipefail"]
+    lines = ["set -euo pipefail"]
+    if setup:
+        lines = ["# Others' set-up lines may read variables that are not set, so -u comes behind them."]
+        lines += ["set -eo pipefail", *setup, "set -u"]
     if spec.env_names and not contained:
         why = "cluster.setup has run and left it unset" if spec.setup else "it is not set where sbatch was called"
         lines += [f': "${{{name}:?cluster.env names it, but {why}}}"' for name in spec.env_names]
@@ -111,12 +114,14 @@ def _environment(spec: JobSpec) -> list[str]:
 def _run(specs: Sequence[JobSpec]) -> list[str]:
     if len(specs) == 1:
         lines = [
+            "# The run's directory, which all nodes share, and the recipe that the job's first start gives it.",
             f"run={shlex.quote(specs[0].run)}",
             "recipe=$SLURM_SUBMIT_DIR/recipe.yaml",
             "job=$SLURM_JOB_ID",
         ]
     else:
         lines = [
+            "# The runs' directories, which all nodes share, and the recipe that a job's first start gives its run.",
             "runs=(",
             *(f"  {shlex.quote(spec.run)}" for spec in specs),
             ")",
