@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -72,6 +73,9 @@ def check(cluster: Cluster) -> Iterator[Problem]:
         yield Problem("cluster.stop_lead_s", cluster.stop_lead_s, "1 to 65535 seconds, or null")
     if cluster.join_timeout_s < 1:
         yield Problem("cluster.join_timeout_s", cluster.join_timeout_s, "1 second or more")
+    interface = cluster.network_interface
+    if interface is not None and not re.fullmatch(r"[^\s/:,^=]{1,15}", interface):
+        yield Problem("cluster.network_interface", interface, "the name of one interface, as eth0 or ib0, or null")
     if cluster.gpu_memory_gib is not None and cluster.gpu_memory_gib <= 0:
         yield Problem("cluster.gpu_memory_gib", cluster.gpu_memory_gib, "GiB above 0, or null")
     for name in cluster.env:
