@@ -71,7 +71,7 @@ def check_pod_paths(recipe: Recipe) -> Iterator[Problem]:
     for key, word in words.items():
         if word is not None and looks_like_path(word) and not absolute(word).startswith(mount.rstrip("/") + "/"):
             expected = f"a path below cluster.kubernetes.mount = {mount}, which is all that pods see"
-            fix = f"Copy it to the claim, and write {mount}/... ."
+            fix = f"Copy it to the claim, and write {mount}/{os.path.basename(absolute(word))}."
             yield Problem(key, word, expected, fix, because=("cluster.kubernetes.mount",))
 
 
