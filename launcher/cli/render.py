@@ -55,6 +55,7 @@ def command(
     example: launcher render runs/big cluster.nodes=4 --diff runs/big
     example: launcher render recipes/llama3.1-8b-fsdp2.yaml strategy=zero3 --explain
     """
+    from launcher.jobs.snapshot import planned
     from launcher.jobs.spec import job_spec
     from launcher.jobs.submissions import next_number, place_for
     from launcher.jobs.targets import find
@@ -68,7 +69,7 @@ def command(
     if crds is not None and loaded.cluster.target != "kubernetes":
         raise UserError(f"--crds {crds}: only target kubernetes has CRDs, this job is for {loaded.cluster.target}.")
     plan = make_plan(loaded)
-    spec, module = job_spec(loaded, plan), find(loaded.cluster.target)
+    spec, module = planned(job_spec(loaded, plan)), find(loaded.cluster.target)
     if against is not None:
         number, old = _last_job(against)
         _print_differences(old, module.render(replace(spec, submission=number)).files, against, as_json)
