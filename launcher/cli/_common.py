@@ -72,7 +72,7 @@ def load_for_target(text: str, overrides: Sequence[str], target: str | None) -> 
     except UserError as error:
         raise UserError(f"'{text}' is neither a recipe nor a run. As a run: {error}") from None
     if run.exists():
-        return stored_recipe(run, overrides, rules=rules)
+        return stored_recipe(RunDirectory(run.path.absolute()), overrides, rules=rules)
     return load(submissions(place)[-1].job.folder / "recipe.yaml", overrides, new=False, rules=rules).recipe
 
 
