@@ -24,6 +24,7 @@ from launcher.plan.saving import save_s, time_problem
 NAME_LENGTH = 200  # with a job id and `slurm-` it has to fit into a file name, and accounting keeps 255
 _NAME = re.compile(r"[A-Za-z0-9][\w.,=+@-]*", re.ASCII)
 _ASK_TIMEOUT_S = 60
+_NO_SLURM = ("Unable to contact slurm controller", "configuration source", "configuration file", "no answer within")
 _KEEP = ("SLURM_CONF", "SLURM_CLUSTERS")  # of the variables of a job in which `submit` is called
 
 # What sbatch says, in words that have been the same since 20.11, and the keys that it is about.
@@ -246,11 +247,10 @@ def _require(tool: str) -> None:
 def _run(command: Sequence[str], folder: Path | None = None) -> tuple[int, str, str]:
     """Exit code, output and error of one of Slurm's commands; 127 where it is not there, 124 where it does not answer.
 
-    The folder of this Python is last on PATH, so that the job finds `launcher` where no environment is activated.
+    The folder of this Python is first on PATH, so that the job finds `launcher` where no environment is activated.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "LAUNCHER_")) or k in _KEEP}
-    path = os.environ.get("PATH", os.defpath)
-    environment["PATH"] = os.pathsep.join([path, str(Path(sys.executable).parent)])
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     try:
         done = subprocess.run(
             list(command), cwd=folder, env=environment, capture_output=True, text=True, errors="replace",
@@ -271,7 +271,7 @@ def _words(error: str) -> str:
 
 
 def _unreachable(error: str) -> bool:
-    return "Unable to contact slurm controller" in error or "no answer within" in error
+    return any(words in error for words in _NO_SLURM)
 
 
 def _refusal(said: str, spec: JobSpec) -> str:
