@@ -26,6 +26,7 @@ _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray's job server tells its e
 _POLL_S = 0.5
 _PATIENCE_S = 5.0  # before waiting for nodes is worth a line
 _REST_S = 60.0  # what the other nodes are given to end by themselves once one has ended
+_LAST_WORDS_S = 15.0  # the same where node 0 is lost, whose end the others notice at once if they can
 
 Say = Callable[[str], None]
 
@@ -315,7 +316,7 @@ class Driver:
     # the attempt
 
     def _watch(self, nodes: list[_Node]) -> int | None:
-        """Pass lines on until every node has ended; node 0 speaks for the attempt."""
+        """Pass lines on until every node has ended; node 0 speaks for the attempt, another one where that is lost."""
         polls = {node.actor.poll.remote(): node for node in nodes}
         asked, deadline = False, float("inf")
         while polls:
@@ -324,16 +325,19 @@ class Driver:
                 if self._heard(node, poll):
                     polls[node.actor.poll.remote()] = node
                 else:
-                    deadline = min(deadline, time.monotonic() + _REST_S)
+                    rest = _LAST_WORDS_S if nodes[0].lost else _REST_S
+                    deadline = min(deadline, time.monotonic() + rest)
             if self.stop.why is not None and not asked:
                 asked = True
                 say(f"{self.stop.why}: every node is asked for a checkpoint and the end")
                 for node in polls.values():
                     node.actor.stop.remote()
-            if polls and (nodes[0].lost or time.monotonic() > deadline):
+            if polls and time.monotonic() > deadline:
                 self._end(polls.values())
                 polls.clear()
-        return None if nodes[0].lost or not nodes[0].ended else nodes[0].code
+        if nodes[0].ended and not nodes[0].lost:
+            return nodes[0].code
+        return next((node.code for node in nodes if node.code in (EXIT_FAILED, EXIT_USER_ERROR, EXIT_PREEMPTED)), None)
 
     def _heard(self, node: _Node, poll: Any) -> bool:
         """Print what a node says; whether there is more to come."""

@@ -24,6 +24,7 @@ from launcher.jobs.ending import Ending, judge
 from launcher.jobs.environment import evaluate_setup, require_train_extra, require_variables
 from launcher.jobs.meeting import Meeting
 from launcher.jobs.opening import discard_if_fresh, open_run, owned, run_directory
+from launcher.jobs.place import find_submission
 from launcher.jobs.preparation import PreparationError, StopAsked, agrees, complete_plan, is_prepared, prepare_in_child
 from launcher.jobs.signals import Signals
 from launcher.jobs.spec import job_spec, stop_after_s
@@ -171,7 +172,9 @@ def supervise(
     threading.Thread(target=_import_agent, name="import", daemon=True).start()
     if (failed := prepared(run, recipe, console, signals) if node.rank == 0 else None) is not None:
         return failed
-    console.watch(logs=run.logs(attempt, machine.name).parent, metrics=run.metrics_file, total_steps=_total_steps(run))
+    if node.rank == 0 or find_submission() is None:  # a scheduler shows what its nodes print as one text
+        logs = run.logs(attempt, machine.name).parent
+        console.watch(logs=logs, metrics=run.metrics_file, total_steps=_total_steps(run))
     agent = Agent(
         run=run.path,
         attempt=attempt,
