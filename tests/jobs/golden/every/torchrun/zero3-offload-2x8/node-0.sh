@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Run golden: node 0 of 2, 8 ranks started by torchrun.
+set -euo pipefail
+source /shared/venv/bin/activate
+: "${HF_TOKEN:?cluster.env names it, but cluster.setup has run and left it unset}"
+: "${LAUNCHER_RENDEZVOUS:?set it to HOST:PORT of node 0}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > 8 ? $(nproc) / 8 : 1 ))}"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# Node 0's first act: the run directory and the data, once the port is free.
+python -m launcher.jobs.begin "$here/recipe.yaml" "$LAUNCHER_RENDEZVOUS"
+( for ((s = 0; s < 3300; s++)); do sleep 1; kill -0 $$ 2>/dev/null || exit; done; echo 'time limit' > /shared/runs/golden/control/stop-request ) &
+exec torchrun --nnodes=2 \
+  --nproc-per-node=8 \
+  --max-restarts=0 \
+  --rdzv-backend=c10d \
+  --rdzv-endpoint="$LAUNCHER_RENDEZVOUS" \
+  --rdzv-id=golden \
+  --rdzv-conf=is_host=1,join_timeout=3600,read_timeout=3600 \
+  -m launcher.trainer /shared/runs/golden
