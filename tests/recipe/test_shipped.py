@@ -76,22 +76,13 @@ def test_a_shipped_recipe_fits_the_gpus_it_names(path: Path, here: Path):
         assert 0.1 < memory.total / (recipe.cluster.gpu_memory_gib * 2**30) < 0.9
 
 
-SHARED = "run.dir=/shared/runs"
-NEEDED = {  # keys that a target cannot do without
-    "slurm": [SHARED],
-    "ray": [SHARED, "cluster.ray.address=http://head.invalid:8265"],
-    "kubernetes": [SHARED, "cluster.kubernetes.image=registry/image:1", "cluster.kubernetes.claim=training"],
-}
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_a_shipped_recipe_is_rendered_by_the_command_and_nothing_is_written(path: Path, tmp_path: Path):
     from launcher.cli import main
 
     with pytest.raises(SystemExit) as exit:
         main(["render", str(path), "--target", "torchrun"])
-    assert exit.value.code == (2 if target == "ray" else 0)  # no head answers here, which validation says
-    assert "==> command <==" in capsys.readouterr().out
+    assert exit.value.code == 0
     assert not list(tmp_path.iterdir())  # it submits and writes nothing; tests/jobs/test_every_target.py has the others
 
 
