@@ -1,4 +1,4 @@
-"""Several machines on one: network namespaces with a switch between them, each with an address and a host name."""
+"""Several machines on one: network namespaces with a switch between them, each with an address and a host name that all know."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import itertools
 import os
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 from types import TracebackType
 
 import pytest
@@ -26,6 +28,9 @@ class Machines:
         unique = f"lt{os.getpid()}x{next(_number)}"
         self.names = [f"{unique}n{i}" for i in range(count)]
         self._switch = f"{unique}sw"
+        self._hosts = Path(tempfile.mkdtemp(prefix="launcher-netns-"), "hosts")
+        lines = [f"{address} node{i}\n" for i, address in enumerate(self.addresses)]
+        self._hosts.write_text("127.0.0.1 localhost\n" + "".join(lines))
 
     def __enter__(self) -> Machines:
         try:
@@ -40,10 +45,13 @@ class Machines:
     ) -> None:
         for name in (*self.names, self._switch):  # interfaces go with their namespace
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+        shutil.rmtree(self._hosts.parent, ignore_errors=True)
 
     def command(self, node: int, *words: str) -> list[str]:
         """What runs a command on a machine, under its host name; the process that is started becomes the command."""
-        named = f'hostname node{node} && exec "$@"'
+        # `ip netns exec` gives mounts of its own; without name servers a name that is in no file is unknown at once
+        mounts = f"mount --bind {self._hosts} /etc/hosts && mount --bind /dev/null /etc/resolv.conf"
+        named = f'{mounts} && hostname node{node} && exec "$@"'
         return ["ip", "netns", "exec", self.names[node], "unshare", "--uts", "sh", "-c", named, "sh", *words]
 
     def launcher(self, node: int, *arguments: object, **more: object) -> subprocess.Popen[str]:

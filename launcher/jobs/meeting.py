@@ -279,6 +279,7 @@ def host(node: Node, signals: Signals) -> Meeting:
     """Node 0: make the store that all nodes of the attempt share; its port was found free."""
     assert node.rendezvous is not None
     name, port = address(node.rendezvous, name="--rendezvous")
+    _quiet_torch()
     from torch.distributed import TCPStore
 
     return Meeting(TCPStore(name, port, is_master=True, wait_for_workers=False), node, signals)
@@ -294,6 +295,7 @@ def join(node: Node, signals: Signals, say: Say) -> Meeting:
     assert node.rendezvous is not None
     name, port = address(node.rendezvous, name="--rendezvous")
     _await_listener(name, port, node, signals, say)
+    _quiet_torch()
     return Meeting(_connected(name, port, signals), node, signals)
 
 
@@ -373,6 +375,14 @@ def _connected(name: str, port: int, signals: Signals | None) -> Any:
     if isinstance(got[0], Exception):
         raise Away(f"what listens at {name}:{port} does not answer as node 0: {got[0]}")
     return got[0]
+
+
+def _quiet_torch() -> None:
+    """Keep torch's stack traces of a store that has gone from the console; it is read when torch is first imported.
+
+    The ranks' fork server, which has its environment already, goes on to show them in the ranks' logs.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _twice(rank: int, holder: str) -> str:

@@ -14,10 +14,22 @@ import pytest
 
 from launcher.errors import UserError
 from launcher.run import lease as lease_module
-from launcher.run.lease import LeaseHeld, Owner, current_owner, hold_lease
+from launcher.run.lease import LeaseHeld, Owner, Submission, current_owner, hold_lease
 from tests.run.make import Script, make_run, start
 
 HOLD = "from launcher.run.lease import hold_lease\nwith hold_lease(run):\n  say('held'); hear()\nsay('left')"
+
+
+HOLD_AS = (
+    "from launcher.run.lease import hold_lease, Submission\n"
+    "mine = Submission(target='slurm', job_id='7', restart={restart})\n"
+    "with hold_lease(run, submission=mine, heartbeat_s=0.05) as l:\n"
+    "  say('held'); hear()\n  while not l.lost: __import__('time').sleep(0.01)\n  say('lost'); hear()\nsay('left')"
+)
+
+
+def start_of(job_id, restart, target="slurm"):
+    return Submission(target=target, job_id=job_id, restart=restart)
 
 
 def vars_of(owner):
@@ -297,3 +309,68 @@ def test_lease_of_a_removed_directory_is_not_the_lease_of_a_new_one(tmp_path):
         with hold_lease(run) as lease:
             assert lease.taken_from is None
     assert current_owner(run)[0].released
+
+
+def test_a_later_start_of_the_same_job_takes_over_from_a_live_owner_which_learns_it_l11(tmp_path):
+    run, told = make_run(tmp_path), []
+    with Script(run, HOLD_AS.format(restart=0)) as owner:
+        assert owner.heard() == "held"
+        with hold_lease(run, submission=start_of("7", 1), waiting=told.append) as lease:
+            assert lease.taken_from.pid == owner.pid
+            assert told == [
+                f"{run.path} is still held by host {socket.gethostname()}, pid {owner.pid}, start 0 of slurm job 7: "
+                "taken over, because this is start 1"
+            ]
+            owner.tell()
+            assert owner.heard() == "lost"
+            owner.tell()
+            assert owner.heard() == "left"
+            assert current_owner(run)[0].token == lease.owner.token  # the old copy gave nothing back
+            assert not lease.lost
+            with pytest.raises(LeaseHeld), hold_lease(run):
+                pass
+    with hold_lease(run) as lease:
+        assert lease.taken_from is None
+
+
+@pytest.mark.parametrize(
+    "newcomer",
+    [None, start_of("7", 0), start_of("7", 1), start_of("8", 2), start_of("7", 2, "ray")],
+    ids=["a person", "an earlier start", "the same start", "another job", "another target"],
+)
+def test_nobody_else_takes_over_from_a_live_owner_l11(tmp_path, newcomer):
+    run = make_run(tmp_path)
+    with Script(run, HOLD_AS.format(restart=1)) as owner:
+        assert owner.heard() == "held"
+        with pytest.raises(LeaseHeld), hold_lease(run, submission=newcomer):
+            pass
+        assert current_owner(run)[0].pid == owner.pid
+
+
+def test_of_two_equal_later_starts_one_takes_over_l11(tmp_path):
+    run = make_run(tmp_path)
+    code = (
+        "from launcher.run.lease import hold_lease, LeaseHeld, Submission\nsay('ready'); hear()\ntry:\n"
+        "  with hold_lease(run, submission=Submission(target='slurm', job_id='7', restart=1)): say('held'); hear()\n"
+        "except LeaseHeld: say('refused')"
+    )
+    with Script(run, HOLD_AS.format(restart=0)) as owner, Script(run, code) as one, Script(run, code) as two:
+        assert owner.heard() == "held"
+        assert [one.heard(), two.heard()] == ["ready", "ready"]
+        one.tell()
+        two.tell()
+        assert sorted([one.heard(), two.heard()]) == ["held", "refused"]
+
+
+def test_an_earlier_start_on_another_host_is_succeeded_without_a_watch_l11(tmp_path):
+    run = make_run(tmp_path)
+    owner = elsewhere(run, target="slurm", job_id="7", restart=0)
+    with hold_lease(run, submission=start_of("7", 1), watch_s=600) as lease:
+        assert lease.taken_from == owner
+
+
+def test_a_record_of_an_older_launcher_is_nobodys_earlier_start_l11(tmp_path):
+    run = make_run(tmp_path)
+    owner = elsewhere(run)
+    assert not owner.is_succeeded_by(start_of("", 1, ""))
+    assert not owner.is_succeeded_by(start_of("7", 1))
