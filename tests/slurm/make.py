@@ -15,6 +15,7 @@ from tests.slurm.testbed import Slurm
 
 STEPS = 12
 HELD = 6  # no multiple of `checkpoint.every_steps`
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")  # a job's states that nothing follows
 BIN = Path(sys.executable).parent
 HOLD = Path(__file__).parent / "hold"
 
@@ -30,7 +31,7 @@ class Site:
             strategy={"kind": "fsdp2"},
             checkpoint={"every_steps": 4, "keep_last": 3},
             cluster={
-                "target": "slurm", "nodes": 2, "nproc_per_node": 2,
+                "target": "slurm", "nodes": 2, "nproc_per_node": 2, "preflight": False,
                 "setup": [f"export PATH={BIN}:$PATH PYTHONPATH={HOLD}"],
             },
         )  # fmt: skip
@@ -47,9 +48,18 @@ class Site:
     def submit(self, name: str, *changes: str, recipe: Path | None = None) -> str:
         """Hand a run over with `launcher submit`; the job's id."""
         self.call("submit", recipe or self.recipe, f"run.name={name}", *changes)
+        return self.job_of(name)
+
+    def job_of(self, name: str) -> str:
+        """The id of the job that was submitted last for a run."""
         job = submissions.latest(self.run(name).path)
         assert job is not None
         return job.id
+
+    def status(self, name: str) -> tuple[str, str]:
+        """How a run stands and how its job does, as `launcher status` says."""
+        said = json.loads(self.call("status", self.run(name).path, "--json"))
+        return said["status"], said["job"]["state"]
 
     def wait_for(self, job_id: str, *states: str, timeout_s: float = 240) -> dict[str, str]:
         """Until a job is in one of these states; a test that waits in vain tells what the job and its run say."""
@@ -67,7 +77,7 @@ class Site:
 
         def there() -> bool:
             state = self.cluster.job(job_id).get("JobState")
-            assert state in ("RUNNING", "PENDING", "CONFIGURING"), f"{state}\n{self.cluster.account_of(job_id)}"
+            assert state not in ENDED, f"{state}\n{self.cluster.account_of(job_id)}"
             return last_step(self.run(name), attempt) >= HELD - 2
 
         until(f"{name} at step {HELD}", there, timeout_s=240)

@@ -214,6 +214,7 @@ class Slurm:
             "slurm.conf": "\n".join(lines) + "\n",
             "gres.conf": "AutoDetect=off\n" + devices,
             "cgroup.conf": "CgroupPlugin=cgroup/v1\n",  # without it no job starts; it loads where there is only v2, too
+            "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",  # no name server can be reached from a node
             "hosts": f"127.0.0.1 localhost\n{self.network}.1 head\n{hosts}",
         }
         for name, text in texts.items():
@@ -227,6 +228,7 @@ class Slurm:
         setup = [
             f"hostname {node.name}",
             f"mount --bind {etc / 'hosts'} /etc/hosts",
+            f"mount --bind {etc / 'nsswitch.conf'} /etc/nsswitch.conf",
             f"mount --bind {boot_id} /proc/sys/kernel/random/boot_id",
             "mount -t tmpfs tmpfs /dev/shm",
             "mount -t tmpfs tmpfs /var/tmp",
