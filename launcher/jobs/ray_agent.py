@@ -78,14 +78,15 @@ class RayAgent:
         found: list[str] = []
         try:
             line = self._lines.get(timeout=_POLL_S)
-            while line is not None:
-                found.append(line)
+            while True:
+                found += [] if line is None else [line]
                 if len(found) == _LINES:
-                    return found, None
+                    break
                 line = self._lines.get_nowait()
         except queue.Empty:
-            return found, None
-        return found, self._code
+            pass
+        code = self._code  # set behind the last line, so looked at before asking whether one is left
+        return found, code if self._lines.empty() else None
 
     def stop(self) -> None:
         """Ask for a checkpoint and the end, as SIGTERM does."""

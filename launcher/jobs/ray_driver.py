@@ -23,6 +23,8 @@ from launcher.jobs.ray_agent import Meeting, RayAgent
 from launcher.recipe.schema import Cluster
 
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray's job server tells its entrypoint
+WAITING = "; waiting up to "  # in the driver's last line while it waits for nodes, which `launcher status` reads
+AGAIN = "starting again on a new set of nodes"
 _POLL_S = 0.5
 _PATIENCE_S = 5.0  # before waiting for nodes is worth a line
 _REST_S = 60.0  # what the other nodes are given to end by themselves once one has ended
@@ -198,7 +200,7 @@ class Driver:
                 say(f"stopped ({self.stop.why}); submit the same recipe again to go on")
                 return EXIT_PREEMPTED
             restart += 1
-            say(f"starting again on a new set of nodes: restart {restart}")
+            say(f"{AGAIN}: restart {restart}")
 
     def _attempt(self, restart: int) -> int | None:
         """One attempt on nodes of its own; the worker's exit code on node 0, None if it went without one."""
@@ -241,7 +243,7 @@ class Driver:
                 remove_placement_group(group)
                 raise UserError(f"{missing}; gave up after {limit} s (cluster.join_timeout_s).")
             if waited > _PATIENCE_S and missing != told:
-                say(f"{missing}; waiting up to {limit} s")
+                say(f"{missing}{WAITING}{limit} s")
                 told = missing
         return group
 
@@ -344,6 +346,9 @@ class Driver:
         name = f"{node.meeting.name} (node {node.rank})"
         try:
             lines, node.code = self.ray.get(poll)
+        except self.ray.exceptions.ActorUnavailableError:  # the network between, perhaps: Ray finds out
+            time.sleep(_POLL_S)
+            return True
         except self.ray.exceptions.RayError as error:
             node.ended = True
             say(f"{name} is lost: {_short(error)}")

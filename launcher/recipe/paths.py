@@ -46,6 +46,8 @@ def make_absolute(recipe: Recipe) -> None:
     for key in ("chat_template", "cache_dir"):
         if (word := getattr(data, key)) is not None:
             setattr(data, key, absolute(word))
+    if (shipped := recipe.cluster.ray.working_dir) is not None:
+        recipe.cluster.ray.working_dir = absolute(shipped)
 
 
 def only_in_pods(recipe: Recipe) -> bool:

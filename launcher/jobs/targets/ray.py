@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import Problem, UserError
+from launcher.jobs import ray_driver
 from launcher.jobs.environment import require_variables
 from launcher.jobs.job import Finding, Job, JobStatus, State
 from launcher.jobs.spec import JobSpec, Rendered
@@ -109,7 +110,7 @@ def submit(spec: JobSpec, rendered: Rendered, folder: Path) -> Job:
     address = _address(spec)
     values = {name: os.environ[name] for name in spec.env_names if name in os.environ}
     with _asked(address, "submit the job") as client, _code_beside(folder, spec.cluster.ray.working_dir):
-        name = _new_id(client, spec.name, folder)
+        name = _new_id(client, spec)
         runtime_env = json.loads(rendered.files[RUNTIME_ENV])
         runtime_env["working_dir"] = str(folder)
         runtime_env["env_vars"] |= values
@@ -131,10 +132,10 @@ def status(job: Job) -> JobStatus:
     try:
         with _asked(job.more["address"], "ask for the job") as client:
             info = client.get_job_info(job.id)
-            waiting = _last_line(client, job) if info.status == "RUNNING" and not _begun(job) else ""
+            phase = _phase(client, job) if info.status == "RUNNING" else ""
     except UserError as error:
         return JobStatus("unknown", str(error))
-    return _status(job, str(info.status.value), info.message or "", waiting)
+    return _status(job, str(info.status.value), info.message or "", phase)
 
 
 def logs(job: Job) -> Iterator[str]:
@@ -343,12 +344,10 @@ def _short(error: BaseException) -> str:
     return " ".join(lines) or type(error).__name__
 
 
-def _new_id(client: Any, name: str, folder: Path) -> str:
-    """`<run name>-<n>`, n being the submission's number where the cluster does not know that one yet."""
-    known = {info.submission_id for info in client.list_jobs()}
-    match = re.search(r"(\d+)$", folder.name)
-    number = int(match[1]) if match else 1
-    while (found := f"{_plain(name)}-{number}") in known:
+def _new_id(client: Any, spec: JobSpec) -> str:
+    """`<run name>-<n>`, n being the submission's number, or the next that the cluster does not know yet."""
+    known, number = {info.submission_id for info in client.list_jobs()}, spec.submission
+    while (found := f"{_plain(spec.name)}-{number}") in known:
         number += 1
     return found
 
@@ -418,18 +417,21 @@ def _shippable(working_dir: str) -> Finding:
 # what is said afterwards
 
 
-def _status(job: Job, said: str, message: str, last_line: str) -> JobStatus:
-    """Ray's word for a job, and what the run's ledger says of it where it is seen from here."""
+def _status(job: Job, said: str, message: str, phase: str) -> JobStatus:
+    """Ray's word for a job, and what the run's ledger says of it where it is seen from here.
+
+    phase: the last line in which the driver told what it is at
+    """
     ours = [attempt for attempt in attempts(RunDirectory(job.run)) if attempt.job_id == job.id] if _seen(job) else []
     last = ours[-1] if ours else None
     nodes = ", ".join(map(str, last.nodes)) if last and isinstance(last.nodes, list) else ""
     match said:
         case "PENDING":
             return JobStatus("queued", f"PENDING: {message}")
-        case "RUNNING" if "; waiting up to " in last_line:
-            return JobStatus("queued", last_line)
-        case "RUNNING" if last and last.ended and last.end_verdict == "requeue":
-            return JobStatus("preempted-will-return", f"RUNNING; attempt {last.number} ended: {last.end_class}", nodes)
+        case "RUNNING" if ray_driver.WAITING in phase:
+            return JobStatus("queued", f"RUNNING: {phase}")
+        case "RUNNING" if phase.startswith(ray_driver.AGAIN):
+            return JobStatus("preempted-will-return", f"RUNNING: {phase}", nodes)
         case "RUNNING":
             state: State = "running" if last or not _seen(job) else "starting"
             return JobStatus(state, "RUNNING" + (f", attempt {last.number}" if last else ""), nodes)
@@ -451,14 +453,12 @@ def _seen(job: Job) -> bool:
     return RunDirectory(job.run).exists()
 
 
-def _begun(job: Job) -> bool:
-    """Whether the ledger has an attempt of the job, so that its output need not be asked for."""
-    return _seen(job) and any(attempt.job_id == job.id for attempt in attempts(RunDirectory(job.run)))
-
-
-def _last_line(client: Any, job: Job) -> str:
-    lines = [line for line in client.get_job_logs(job.id).splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+def _phase(client: Any, job: Job) -> str:
+    """The last line in which the driver says that it waits, starts again or has its nodes; others print too."""
+    for line in reversed(client.get_job_logs(job.id).splitlines()):
+        if ray_driver.WAITING in line or line.startswith((ray_driver.AGAIN, f"{job.id}: ")):
+            return str(line)
+    return ""
 
 
 def _short_message(message: str) -> str:
