@@ -300,7 +300,7 @@ def test_a_signal_becomes_a_request_that_a_start_cannot_lose(site, name):
         "srun",
         f"cd {run}; touch started; until [[ -e control/stop-request ]]; do sleep 0.1; done; rm control/stop-request; "
         "until [[ -e control/stop-request ]]; do sleep 0.1; done; cp control/stop-request kept; "
-        "echo requeue >control/verdict; exit 75",
+        "echo requeue >control/verdict; rm control/stop-request; sleep 3; exit 75",
     )
     (site.folder / FILE).write_text(text(spec(run=run)))
     process = subprocess.Popen(
@@ -313,7 +313,7 @@ def test_a_signal_becomes_a_request_that_a_start_cannot_lose(site, name):
     assert process.returncode == 0, said
     assert json.loads((run / "kept").read_text())["reason"] == f"SIG{name} of Slurm"
     assert "scontrol requeue 7" in site.calls
-    assert sorted(path.name for path in (run / "control").iterdir()) == ["stop-request", "verdict"]
+    assert sorted(path.name for path in (run / "control").iterdir()) == ["verdict"]
 
 
 def test_a_request_that_is_there_is_left_as_it_is(site):

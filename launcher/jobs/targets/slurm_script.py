@@ -269,11 +269,11 @@ def _container(spec: JobSpec) -> list[str]:
 
 def _wait() -> list[str]:
     return [
-        "# A trapped signal ends `wait` early.  The request is repeated: a start of the run takes back older ones.",
+        "# A trapped signal ends `wait` early.  The request is repeated until it is served: a start of the run takes back older ones.",
         'code=0; wait "$step" || code=$?',
         'if kill -0 "$step" 2>/dev/null; then',
         '  while kill -0 "$step" 2>/dev/null; do',
-        "    if [[ -n $reason ]]; then ask_to_stop || :; fi",
+        "    if [[ -n $reason && ! -e $run/control/verdict ]]; then ask_to_stop || :; fi",
         "    sleep 1",
         "  done",
         '  code=0; wait "$step" || code=$?',
