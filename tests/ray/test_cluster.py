@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from launcher.run.directory import RunDirectory
 from launcher.run.ledger import attempts, valid_checkpoints
 from launcher.run.state import read_state
 from tests.jobs.make import finish, launcher, losses, project, run_of, tensors_of, until
+from tests.pages import DOCS, commands
 from tests.ray.testbed import RayCluster
 from tests.slurm.make import last_step, story
 
@@ -52,9 +54,23 @@ class Site:
 
     def submit(self, name: str, *changes: str, **environment: str) -> Job:
         self.call("submit", self.recipe, f"run.name={name}", *changes, **environment)
+        return self.last(name)
+
+    def last(self, name: str) -> Job:
+        """The job of a run that was submitted last."""
         job = submissions.latest(self.run(name).path)
         assert job is not None
         return job
+
+    def type(self, command: str) -> str:
+        """What a line typed in a shell prints."""
+        env = {**self.cluster.environment, "OMP_NUM_THREADS": "1", "HF_TOKEN": SECRET}
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=self.folder, env=env, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        assert done.stdout.strip(), f"{command} printed nothing"
+        return done.stdout
 
     def wait_for(self, job: Job, *states: str) -> JobStatus:
         """Until a job is in one of these states; a test that waits in vain tells what the job said."""
@@ -107,20 +123,28 @@ def site(cluster, tmp_path_factory):
     return Site(cluster, tmp_path_factory.mktemp("site"))
 
 
-def test_a_submitted_run_of_two_nodes_finishes_as_without_ray_and_its_secret_is_in_no_file(site):
-    job = site.submit("plain", "cluster.env=[PLAIN_TOKEN]", PLAIN_TOKEN=SECRET)
-    assert site.wait_for(job, "finished").reason == "SUCCEEDED"
-    site.assert_exact("plain")
-    assert story(site.run("plain")) == [(1, 0, "finished")]
-    [attempt] = attempts(site.run("plain"))
+def test_the_commands_of_the_page_run_and_what_they_train_is_as_without_ray(site):
+    """`first` runs to its end, `by-hand` by `ray job submit`, `second` is cancelled; the first two get a secret."""
+    said = {command: site.type(command) for command in commands(DOCS / "ray.md")}
+    site.assert_exact("first")
+    assert story(site.run("first")) == [(1, 0, "finished")]
+    [attempt], job = attempts(site.run("first")), site.last("first")
     assert (attempt.target, attempt.job_id) == ("ray", job.id)
-    said = site.output(job)
-    assert f"step {STEPS}/{STEPS}" in said
-    assert "CUDA_VISIBLE_DEVICES='0'" in said or "CUDA_VISIBLE_DEVICES='1'" in said  # one of the pretended GPUs
+    output = next(text for command, text in said.items() if command.startswith("launcher logs first --job"))
+    assert f"step {STEPS}/{STEPS}" in output
+    assert "CUDA_VISIBLE_DEVICES='0'" in output or "CUDA_VISIBLE_DEVICES='1'" in output  # a pretended GPU
+    by_hand = site.run("by-hand")
+    until(
+        "the job that was submitted by hand has finished",
+        lambda: read_state(by_hand).status == "finished",
+        timeout_s=300,
+    )
+    assert losses(by_hand) == losses(site.whole)
+    site.wait_for(site.last("second"), "cancelled")
     files = [file for file in site.folder.rglob("*") if file.is_file()]
     assert job.folder / "runtime_env.json" in files
     assert not [file for file in files if SECRET.encode() in file.read_bytes()]
-    assert "is finished" in site.call("submit", site.recipe, "run.name=plain", "cluster.env=[]")
+    assert "is finished" in site.call("submit", site.recipe, "run.name=first")
 
 
 def test_a_node_lost_in_mid_run_is_replaced_and_the_run_goes_on_exactly(site, cluster):
@@ -161,8 +185,6 @@ def test_ray_job_stop_leaves_time_for_a_checkpoint(site):
     site.hold("stopped")
     job = site.submit("stopped")
     site.wait_until_held("stopped", job)
-    import subprocess
-
     stop = ["ray", "job", "stop", "--no-wait", job.id]
     env = {**site.cluster.environment, "RAY_API_SERVER_ADDRESS": site.cluster.address}
     subprocess.run(stop, env=env, check=True, capture_output=True)

@@ -31,7 +31,7 @@ class RayCluster:
             "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
             "PYTHONPATH": os.pathsep.join([str(HOLD), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "RAY_TMPDIR": str(self.folder),
-            "RAY_DISABLE_DASHBOARD_LOG_INFO": "1",
+            "RAY_health_check_timeout_ms": "60000",  # slow is not dead; a node that is gone refuses at once
         }
         self._gcs_port, self._dashboard_port = free_port(), free_port()
         self.address = f"http://127.0.0.1:{self._dashboard_port}"
