@@ -111,11 +111,11 @@ class Stop:
 
 @contextmanager
 def _stop_note() -> Iterator[Stop]:
-    """SIGTERM (`ray job stop`) and Ctrl-C leave a note; a second one ends the driver, and Ray ends its actors."""
+    """SIGTERM (`ray job stop`) and Ctrl-C leave a note; a second Ctrl-C ends the driver, and Ray ends its actors."""
     stop, numbers = Stop(), (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def note(number: int, _: object) -> None:
-        if stop.why is not None:
+        if number == signal.SIGINT and stop.why == "Ctrl-C":
             os._exit(EXIT_FAILED)
         stop.why = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
@@ -150,6 +150,10 @@ def _connect(ray: Any, cluster: Cluster, *, local: bool) -> None:
 def _submission_id() -> str | None:
     config = json.loads(os.environ.get(_JOB_CONFIG) or "{}")
     return config.get("metadata", {}).get("job_submission_id")
+
+
+class _Stopped(Exception):
+    """The job is to stop before its workers have started."""
 
 
 @dataclass(slots=True)
@@ -216,6 +220,12 @@ class Driver:
                 return code
             self._start(nodes, restart)
             return self._watch(nodes)
+        except _Stopped:
+            return EXIT_PREEMPTED
+        except self.ray.exceptions.RuntimeEnvSetupError as error:
+            raise UserError(
+                f"Ray could not prepare a node (cluster.ray.pip, cluster.ray.working_dir): {error}"
+            ) from None
         except self.ray.exceptions.RayError as error:  # an agent went before it had started
             say(f"a node is lost: {_short(error)}")
             return None
@@ -287,8 +297,19 @@ class Driver:
             ).remote(self.task.run)
             for rank in range(self.task.cluster.nodes)
         ]
-        meetings = self.ray.get([actor.meeting.remote() for actor in actors])
+        meetings = self._all([actor.meeting.remote() for actor in actors])
         return [_Node(rank, actor, meeting) for rank, (actor, meeting) in enumerate(zip(actors, meetings, strict=True))]
+
+    def _all(self, answers: list[Any]) -> list[Any]:
+        """Wait for answers, which may take as long as Ray prepares a node.
+
+        Raises:
+            _Stopped: the job is to stop meanwhile.
+        """
+        while len(self.ray.wait(answers, num_returns=len(answers), timeout=_POLL_S)[0]) < len(answers):
+            if self.stop.why is not None:
+                raise _Stopped
+        return list(self.ray.get(answers))
 
     def _word_since(self, node: _Node) -> int | None:
         """The exit code of an attempt whose node died after it had written `stop`; None otherwise."""
