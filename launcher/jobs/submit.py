@@ -5,6 +5,7 @@ Whatever refuses leaves nothing behind: no run, no folder, nothing queued.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,12 +70,15 @@ def submit(recipe: Recipe, *, force: bool, say: Say) -> Submitted | None:
 @contextmanager
 def undone_if_refused(place: Path) -> Iterator[None]:
     """A place that was made for this submission goes again when nothing comes of it."""
-    made = not place.exists()
+    made, parents = not place.exists(), [folder for folder in place.parents if not folder.exists()]
     try:
         yield
     except BaseException:
         if made:
             shutil.rmtree(place, ignore_errors=True)
+            for folder in parents:
+                with contextlib.suppress(OSError):  # somebody put something there
+                    folder.rmdir()
         raise
 
 
