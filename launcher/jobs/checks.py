@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher import versions
@@ -71,13 +71,25 @@ def judge(nodes: Sequence[Facts], needs: Needs | None) -> list[Finding]:
     needs: of the job; None: there is none, as in `launcher doctor`
     """
     found = [finding for check in _OF_ALL for finding in check(dict(zip(labels(nodes), nodes, strict=True)), needs)]
-    for check in _OF_ONE:
-        said: dict[Finding, list[str]] = {}
-        for label, node in zip(labels(nodes), nodes, strict=True):
-            for finding in check(node, needs):
-                said.setdefault(finding, []).append(label)
-        found += [_named(finding, on if len(nodes) > 1 else []) for finding, on in said.items()]
-    return sorted(found, key=lambda finding: ("bad", "note", "ok").index(finding.state))
+    of_each = {
+        label: [finding for check in _OF_ONE for finding in check(node, needs)]
+        for label, node in zip(labels(nodes), nodes, strict=True)
+    }
+    return worst_first([*found, *by_node(of_each)])
+
+
+def by_node(found: Mapping[str, Sequence[Finding]]) -> list[Finding]:
+    """The findings of several nodes, each once, with the nodes that it is true of unless that is all of them."""
+    said: dict[Finding, list[str]] = {}
+    for label, findings in found.items():
+        for finding in findings:
+            said.setdefault(finding, []).append(label)
+    return [_named(finding, on if len(on) < len(found) else []) for finding, on in said.items()]
+
+
+def worst_first(findings: Iterable[Finding]) -> list[Finding]:
+    """Bad ones, then notes, then what is well."""
+    return sorted(findings, key=lambda finding: ("bad", "note", "ok").index(finding.state))
 
 
 def labels(nodes: Sequence[Facts]) -> list[str]:
@@ -207,10 +219,8 @@ def _clock(node: Facts, needs: Needs | None) -> Iterator[Finding]:
         text = f"its clock is {abs(offset):.0f} s {way} node 0's"
         yield _note("clock", text, "Times in logs and the ledger will not fit together: start chrony or ntpd.")
     else:
-        yield _ok(
-            "clock",
-            f"with node 0's within {abs(offset) + trip / 2:.3f} s; a message there and back: {trip * 1e3:.2f} ms",
-        )
+        within = abs(offset) + trip / 2
+        yield _ok("clock", f"{within:.3f} s from node 0's at most; a message there and back takes {trip * 1e3:.2f} ms")
 
 
 def _locked_memory(node: Facts, needs: Needs | None) -> Iterator[Finding]:

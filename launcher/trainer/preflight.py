@@ -1,7 +1,7 @@
 """What ranks find out together before the first step: versions alike, links that carry, GPUs of one speed.
 
 Seconds at most, some hundredths of one on a CPU. Random numbers, losses and memory peaks are left as they were: nothing
-is drawn, and what is allocated is given back. `python -m launcher.trainer.preflight` is the same without a run.
+is drawn, and what is allocated is given back.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def examine(*, ranks: Ranks, device: torch.device, node: str) -> Report:
     """What the ranks find out together; every rank gets the same but for `seconds`. Collective."""
     begun = time.perf_counter()
     mine = _versions(device)
-    known = _gather({"node": node, **mine}, ranks)
-    nodes = [str(rank.pop("node")) for rank in known]
+    known = _gather({"node": node, "group": ranks.node, **mine}, ranks)
+    nodes = _nodes([(str(rank.pop("node")), int(rank.pop("group"))) for rank in known])
     report = Report(nodes=nodes, versions=mine, differences=tuple(versions.differences(_by_node(nodes, known))))
     if report.refusal:
         return report
@@ -201,6 +201,12 @@ def _versions(device: torch.device) -> dict[str, str | None]:
     return own
 
 
+def _nodes(places: Sequence[tuple[str, int]]) -> list[str]:
+    """By rank, where it runs: the host's name, and the node's number where several have the same."""
+    groups = {name: {group for other, group in places if other == name} for name, _ in set(places)}
+    return [name if len(groups[name]) == 1 else f"{name} (node {group})" for name, group in places]
+
+
 def _by_node(nodes: Sequence[str], known: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Versions by node; a rank that has others than those before it on its node stands for itself."""
     found: dict[str, dict[str, Any]] = {}
@@ -238,7 +244,7 @@ def to_json(report: Report) -> str:
 
 
 def main() -> None:
-    """One rank of `launcher doctor --nodes`: the environment says which, rank 0 prints the report."""
+    """One rank without a run: the environment says which, rank 0 prints the report."""
     from launcher.trainer.distributed import Ranks, choose_device, exit_now, join, leave
     from launcher.trainer.main import node_name
 
@@ -250,7 +256,3 @@ def main() -> None:
         print(to_json(report), flush=True)
     leave()
     exit_now(0)
-
-
-if __name__ == "__main__":
-    main()

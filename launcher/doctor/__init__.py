@@ -1,7 +1,8 @@
 """What this machine has for training: packages against the declared ranges, GPUs, compilers, DeepSpeed's operators.
 
-Each finding says what to do about it. Heavy libraries are asked for their versions without being imported; torch is
-imported where there are GPUs, torch and DeepSpeed where DeepSpeed is installed.
+Clashes between packages are in `known`, the machine as a node of a job in `here`, several side by side in `nodes`. Each
+finding says what to do about it. Heavy libraries are asked for their versions without being imported; torch is imported
+where there are GPUs, torch and DeepSpeed where DeepSpeed is installed.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
+from launcher import versions
 from launcher.errors import UserError
 from launcher.jobs.devices import count_gpus
+from launcher.jobs.finding import Finding
+from launcher.versions import of_package as _version
 
 PROJECT = "train-launcher"
 PURPOSES = {  # extra -> what needs it; without it the rest works
@@ -32,29 +34,17 @@ OPS = {  # operator of DeepSpeed -> what it is for
     "async_io": "strategy.offload to nvme needs it",
     "quantizer": "strategy.zero.quantized_weights needs it, on GPUs",
 }
+LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}  # by CUDA's number: NVIDIA's minor version compatibility
 _REQUIREMENT = re.compile(r"^([\w.-]+)(?:\[[^]]*\])?\s*\(?([^;)]*)\)?(?:;\s*extra\s*==\s*['\"]([\w-]+)['\"])?$")
 _BOUND = re.compile(r"(>=|<)\s*([0-9.]+)")
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at.
-
-    group: packages, devices, tools or operators
-    state: ok; note, for what only some recipes need; bad, for what keeps training from starting
-    fix: what to do about a note or a bad one, a sentence; empty where nothing is to be done
-    """
-
-    group: str
-    name: str
-    state: Literal["ok", "note", "bad"]
-    text: str
-    fix: str = ""
-
-
 def examine() -> Iterator[Finding]:
-    """Everything, as it is now; nothing is built or changed."""
+    """Everything that is this machine's own, as it is now; nothing is built or changed."""
+    from launcher.doctor.known import clashes
+
     yield from packages()
+    yield from clashes()
     yield from devices()
     if _version("deepspeed") is not None:
         yield from tools()
@@ -103,13 +93,6 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def devices() -> Iterator[Finding]:
     """GPUs as ranks would find them, and cores."""
     gpus, how = count_gpus()
@@ -122,8 +105,22 @@ def devices() -> Iterator[Finding]:
     if seen >= gpus:
         yield Finding("devices", "GPUs", "ok", f"{gpus} ({how})")
     else:
-        fix = "Install a torch with CUDA for this driver: https://pytorch.org/get-started/locally."
-        yield Finding("devices", "GPUs", "bad", f"{gpus} ({how}), but torch {_version('torch')} sees {seen}", fix)
+        text = f"{gpus} ({how}), but torch {_version('torch')} sees {seen}"
+        yield Finding("devices", "GPUs", "bad", text, _why_unseen(versions.installed()))
+
+
+def _why_unseen(have: Mapping[str, str | None]) -> str:
+    """What to do where the driver has GPUs and torch has not."""
+    cuda, driver = have["cuda"], have["driver"]
+    get = "https://pytorch.org/get-started/locally"
+    if cuda is None:
+        return f"This torch was built without CUDA: install a torch with CUDA, {get}."
+    least = LEAST_DRIVER.get(cuda.partition(".")[0])
+    if least and driver and _numbers(driver) < (least,):
+        return (
+            f"Driver {driver} is too old for CUDA {cuda}, which needs {least}: update it, or take another torch, {get}."
+        )
+    return f"Install a torch with CUDA for this driver: {get}. In a container, start it with its GPUs (--gpus all)."
 
 
 def _gpus_of_torch() -> int:
