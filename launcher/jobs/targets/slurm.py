@@ -279,7 +279,8 @@ def _refusal(said: str, spec: JobSpec) -> str:
     keys = next((keys for words, keys in _REFUSALS if words.lower() in said.lower()), "")
     if not keys:
         return said
-    return f"{said}. Change {keys.format(nodes=_resources(spec))}."
+    keys = keys.format(nodes=_resources(spec))
+    return f"{said}. Change {'one of ' if ',' in keys else ''}{keys}."
 
 
 def _resources(spec: JobSpec) -> str:

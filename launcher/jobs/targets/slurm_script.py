@@ -269,7 +269,8 @@ def _container(spec: JobSpec) -> list[str]:
 
 def _wait() -> list[str]:
     return [
-        "# A trapped signal ends `wait` early.  The request is repeated until it is served: a start of the run takes back older ones.",
+        "# A trapped signal ends `wait` early.  The request is repeated until it is served, since a start of the run",
+        "# takes older ones back.",
         'code=0; wait "$step" || code=$?',
         'if kill -0 "$step" 2>/dev/null; then',
         '  while kill -0 "$step" 2>/dev/null; do',
