@@ -25,6 +25,7 @@ from launcher.recipe.schema import Cluster
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray's job server tells its entrypoint
 WAITING = "; waiting up to "  # in the driver's last line while it waits for nodes, which `launcher status` reads
 AGAIN = "starting again on a new set of nodes"
+_INITS = 5  # tries to make a cluster of this machine
 _POLL_S = 0.5
 _PATIENCE_S = 5.0  # before waiting for nodes is worth a line
 _REST_S = 60.0  # what the other nodes are given to end by themselves once one has ended
@@ -140,11 +141,18 @@ def _connect(ray: Any, cluster: Cluster, *, local: bool) -> None:
                 f"RAY_ADDRESS = {address}: expected HOST:PORT of the head, or unset. This is the driver, which runs "
                 "on the cluster; `launcher submit --target ray` sends it there."
             )
-    try:
-        ray.init(**options)
-    except ConnectionError as error:
-        where = os.environ.get("RAY_ADDRESS") or "this machine"
-        raise UserError(f"no Ray cluster answers at {where}: {error}") from None
+    for left in reversed(range(_INITS)):
+        try:
+            ray.init(**options)
+            return
+        except ConnectionError as error:
+            where = os.environ.get("RAY_ADDRESS") or "this machine"
+            raise UserError(f"no Ray cluster answers at {where}: {error}") from None
+        except Exception as error:  # a bare one, after 30 s that no setting changes (Ray 2.60)
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or not left:
+                raise
+            say("Ray did not come up within its 30 s; this machine is busy: once more")
 
 
 def _submission_id() -> str | None:

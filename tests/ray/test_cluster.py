@@ -17,7 +17,7 @@ from launcher.run.ledger import attempts, valid_checkpoints
 from launcher.run.state import read_state
 from tests.jobs.make import finish, launcher, losses, project, run_of, tensors_of, until
 from tests.pages import DOCS, commands
-from tests.ray.testbed import RayCluster
+from tests.ray.testbed import RayCluster, with_argument
 from tests.slurm.make import last_step, story
 
 pytestmark = [pytest.mark.gloo, pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
@@ -202,6 +202,15 @@ def test_nodes_that_do_not_come_are_named_and_end_the_job_after_the_time_for_it(
     assert asked in status.reason
     assert "cluster.join_timeout_s" in status.reason
     assert asked in site.output(job)
+
+
+def test_a_cluster_of_this_machine_is_made_for_the_job_and_ends_with_it(site):
+    changes = ("cluster.nodes=1", "cluster.nproc_per_node=2", "cluster.ray.address=local")
+    place = site.cluster.folder / "here"
+    place.mkdir()
+    site.call("submit", site.recipe, "run.name=here", *changes, "--wait", RAY_TMPDIR=str(place))
+    site.assert_exact("here")
+    until("nothing of it is left", lambda: not with_argument(str(place)))
 
 
 def test_more_nodes_than_the_cluster_has_are_refused_before_anything_is_queued(site):

@@ -68,7 +68,7 @@ class RayCluster:
     def close(self) -> None:
         for process in [*self.nodes, *([self._head] if self._head else [])]:
             _kill(process)
-        for pid in _with_argument(str(self.folder)):  # left by a `ray start` that gave up
+        for pid in with_argument(str(self.folder)):  # left by a `ray start` that gave up
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -128,7 +128,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _with_argument(text: str) -> list[int]:
+def with_argument(text: str) -> list[int]:
     """Processes whose command line holds a text."""
     found = []
     for entry in Path("/proc").iterdir():
