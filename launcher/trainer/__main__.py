@@ -89,6 +89,7 @@ def _attempt(path: Path, given: int | None) -> Iterator[int]:
     from launcher.run.directory import RunDirectory
     from launcher.run.lease import hold_lease
     from launcher.run.ledger import start_attempt
+    from launcher.run.provenance import record_beside, recorded
     from launcher.trainer.distributed import Ranks, choose_device, join, leave
     from launcher.trainer.main import node_name
 
@@ -107,11 +108,14 @@ def _attempt(path: Path, given: int | None) -> Iterator[int]:
                 nodes=[node_name()],
                 reason=f"plain {_starter()}",
             )
+            run.job(int(number)).mkdir(parents=True, exist_ok=True)
+            record_beside(run.job(int(number)))
         dist.broadcast(number, src=0)
         try:
             yield int(number)
         finally:
             if ranks.rank == 0:
+                recorded()
                 _end(run, int(number))
         leave()
 
