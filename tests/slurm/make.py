@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from launcher.jobs import submissions
 from launcher.run.directory import RunDirectory
 from launcher.run.ledger import attempts, valid_checkpoints
 from tests.jobs.make import finish, launcher, losses, project, run_of, tensors_of, until
-from tests.slurm.testbed import Slurm
+from tests.slurm.testbed import Slurm, output
 
 STEPS = 12
 HELD = 6  # no multiple of `checkpoint.every_steps`
@@ -27,6 +28,7 @@ class Site:
         self.cluster, self.folder = cluster, folder
         self.recipe = project(
             folder,
+            run={"name": "big", "dir": "runs"},  # as docs/slurm.md has it
             train={"max_steps": STEPS},
             strategy={"kind": "fsdp2"},
             checkpoint={"every_steps": 4, "keep_last": 3},
@@ -44,6 +46,11 @@ class Site:
         """What a `launcher` command says, standard error behind."""
         env = {**self.cluster.environment, **environment}
         return "".join(finish(launcher(*arguments, cwd=self.folder, env=env), code=code))
+
+    def shell(self, command: str) -> str:
+        """What a line of docs/slurm.md says, typed where `recipe.yaml` lies."""
+        env = {**os.environ, **self.cluster.environment, "PATH": f"{BIN}:{os.environ['PATH']}"}
+        return output("bash", "-c", command, cwd=self.folder, env=env)
 
     def submit(self, name: str, *changes: str, recipe: Path | None = None) -> str:
         """Hand a run over with `launcher submit`; the job's id."""

@@ -5,7 +5,9 @@ All share one cluster of four nodes and one recipe (tests/slurm/make.py). A test
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.gloo
 
 @pytest.fixture(scope="module")
 def cluster_and_project(tmp_path_factory) -> Iterator[Site]:
-    with slurm() as cluster:
+    with slurm(cpus=32) as cluster:
         yield Site(cluster, tmp_path_factory.mktemp("slurm"))
 
 
@@ -184,17 +186,21 @@ def test_a_sweep_is_an_array_whose_runs_come_back_one_by_one(site):
     assert len({tuple(losses(site.run(name)).values()) for name in names}) == 3
 
 
-def test_what_slurm_would_refuse_is_refused_before_anything_is_queued(site):
-    wrong = {
-        "cluster.nodes=9": "nodes",
-        "cluster.slurm.partition=nowhere": "partition",
-        "cluster.slurm.gres=gpu:3": "gres",
-    }
-    for change, word in wrong.items():
-        told = site.call("submit", site.recipe, "run.name=refused", change, code=2)
-        assert word in told.lower(), told
-    assert not site.run("refused").exists()
-    assert site.cluster.command("squeue", "--noheader") == ""
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (("cluster.nodes=9", "train.global_batch_size=18"), "cluster.nodes = 9"),
+        (("cluster.slurm.partition=nowhere",), "cluster.slurm.partition"),
+        (("cluster.slurm.gres=gpu:3",), "cluster.slurm.gres = gpu:3"),
+        (("cluster.slurm.account=nobody", "cluster.slurm.qos=none"), "cluster.slurm.qos"),
+    ],
+)
+def test_what_slurm_would_refuse_is_refused_before_anything_is_queued(site, changes, told):
+    last = site.cluster.command("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true")
+    said = site.call("submit", site.recipe, "run.name=refused", *changes, code=2)
+    assert told in said
+    assert not site.run("refused").path.exists()
+    assert site.cluster.command("squeue", "--noheader", "--format=%i") == last
 
 
 def test_l4_one_task_a_rank_ends_like_one_agent_a_node(site):
@@ -204,19 +210,9 @@ def test_l4_one_task_a_rank_ends_like_one_agent_a_node(site):
 
 
 def test_l4_a_plain_srun_in_an_allocation_ends_like_all(site):
-    run = site.run("by-hand")
-    recipe = site.folder / "by-hand.yaml"
-    recipe.write_text(site.recipe.read_text())
-    site.cluster.command(
-        "salloc",
-        "--nodes=2",
-        "--quiet",
-        "srun",
-        "--ntasks-per-node=1",
-        "launcher",
-        "worker",
-        run.path,
-        "--recipe",
-        recipe,
-    )
-    site.assert_exact("by-hand")
+    """By the very line of docs/slurm.md."""
+    page = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text()
+    (srun,) = re.findall(r"^    (srun .*)$", page, re.MULTILINE)
+    site.shell(f"salloc --quiet --nodes=2 --ntasks-per-node=1 --cpus-per-task=32 {srun}")
+    site.assert_exact("big")
+    assert {(attempt.target, attempt.end_class) for attempt in attempts(site.run("big"))} == {("slurm", "finished")}
