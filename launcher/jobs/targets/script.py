@@ -95,14 +95,19 @@ def _head(spec: JobSpec, what: str) -> list[str]:
     return [
         "#!/usr/bin/env bash",
         f"# Run {spec.name}: {what}",
-        "set -euo pipefail",
-        *spec.setup,
+        *_setup(spec),
         *(f': "${{{name}:?cluster.env names it, but {unset}}}"' for name in spec.env_names),
         *(_rendezvous() if spec.nodes > 1 else ()),
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(spec.env.items())),
         *spec.code_lines,
         *_threads(spec.nproc_per_node),
     ]
+
+
+def _setup(spec: JobSpec) -> list[str]:
+    if not spec.setup:
+        return ["set -euo pipefail"]
+    return ["set -eo pipefail", *spec.setup, "set -u  # behind set-up lines, which may read what is not set"]
 
 
 def _threads(ranks: int) -> list[str]:

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Run big: node 0 of 2, 8 ranks started by torchrun.
-set -euo pipefail
+set -eo pipefail
 module load cuda/13
 source /opt/venv/bin/activate
+set -u  # behind set-up lines, which may read what is not set
 : "${WANDB_API_KEY:?cluster.env names it, but cluster.setup has run and left it unset}"
 : "${HF_TOKEN:?cluster.env names it, but cluster.setup has run and left it unset}"
 : "${LAUNCHER_RENDEZVOUS:?set it to HOST:PORT of node 0}"

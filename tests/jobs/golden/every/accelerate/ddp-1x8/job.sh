@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Run golden: 8 ranks started by accelerate.
-set -euo pipefail
+set -eo pipefail
 source /shared/venv/bin/activate
+set -u  # behind set-up lines, which may read what is not set
 : "${HF_TOKEN:?cluster.env names it, but cluster.setup has run and left it unset}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > 8 ? $(nproc) / 8 : 1 ))}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

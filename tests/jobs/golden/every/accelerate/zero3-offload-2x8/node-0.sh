@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Run golden: node 0 of 2, 8 ranks started by accelerate.
-set -euo pipefail
+set -eo pipefail
 source /shared/venv/bin/activate
+set -u  # behind set-up lines, which may read what is not set
 : "${HF_TOKEN:?cluster.env names it, but cluster.setup has run and left it unset}"
 : "${LAUNCHER_RENDEZVOUS:?set it to HOST:PORT of node 0}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > 8 ? $(nproc) / 8 : 1 ))}"
