@@ -1,7 +1,8 @@
 """How long until the first optimizer step: `launcher run` on 2 CPU ranks against a hand-written torchrun script.
 
 Both import the same libraries and train the same tiny model; runs alternate, so that a busy machine is fair to both.
-Prints the ratio (goal: 1.0 or less), then the medians of --help, check, plan and render (goals: 0.15, 0.25, 1, 1 s).
+Prints the ratio (goal: 1.0 or less), then the medians of --help, check, plan and render (goals: 0.15, 0.25, 1, 1 s),
+then how long a job of 4,096 nodes takes to be rendered for each target (goal: 1 s).
 The launcher's first step counts when its figures are written, which is while its second step runs.
 
     python benchmarks/startup.py [--pairs 5]
@@ -79,6 +80,8 @@ def main() -> None:
         print(f"ratio, median of pairs: {statistics.median(ratios):.2f} (goal 1.0 or less)")
         for words in (["--help"], ["check", str(recipe)], ["plan", str(recipe)], ["render", str(recipe)]):
             print(f"launcher {words[0]}: {time_command(words):.3f} s, median of 9")
+        for target in ("torchrun", "accelerate", "slurm", "ray", "kubernetes"):
+            print(f"4,096 nodes for {target}: checked, planned and rendered in {time_large_job(target):.2f} s")
 
 
 LAUNCHER = [sys.executable, "-m", "launcher"]
@@ -109,6 +112,27 @@ def time_command(words: list[str], *, count: int = 9) -> float:
     for _ in range(count):
         begun = time.perf_counter()
         subprocess.run([str(BIN / "launcher"), *words], env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
+def time_large_job(target: str, *, count: int = 3) -> float:
+    """Median seconds from a recipe to the files of a job of 4,096 nodes x 8 ranks, in this process."""
+    from launcher.jobs.spec import job_spec
+    from launcher.jobs.targets import render
+    from launcher.plan import make_plan
+    from launcher.recipe.check import load
+    from launcher.shipped import folder
+
+    changes = [
+        f"cluster.target={target}", "cluster.nodes=4096", "train.global_batch_size=65536", "run.dir=/shared/runs",
+        "cluster.kubernetes.image=team/launcher:1", "cluster.kubernetes.claim=training",
+    ]  # fmt: skip
+    seconds = []
+    for _ in range(count):
+        begun = time.perf_counter()
+        recipe = load(folder("recipes") / "llama3.1-8b-fsdp2.yaml", changes).recipe
+        render(job_spec(recipe, make_plan(recipe)), target=target)
         seconds.append(time.perf_counter() - begun)
     return statistics.median(seconds)
 
