@@ -1,4 +1,4 @@
-"""Several machines on one: network namespaces with a switch between them, each with an address and a host name that all know."""
+"""Several machines on one: network namespaces behind a switch, each with an address and a name that all know."""
 
 from __future__ import annotations
 
