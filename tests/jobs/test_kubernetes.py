@@ -380,6 +380,15 @@ def test_the_head_of_a_ray_cluster_trains_nothing_and_its_workers_are_the_nodes(
     assert variables(head["template"]["spec"]["containers"][0])["RAY_JOB_STOP_WAIT_TIME_S"] == "300"
 
 
+def test_pods_of_a_ray_cluster_ask_the_run_for_a_checkpoint_before_they_go():
+    cluster = job_of(spec_of("rayjob"))["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        command = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert command == ["python", "-m", "launcher.jobs.prestop", SPEC.run, "300"]
+    assert "lifecycle" not in node_pod(spec_of("jobset"))["spec"]["containers"][0]  # the worker takes the signal itself
+
+
 def test_the_driver_takes_the_arguments_of_the_entrypoint():
     import shlex
 

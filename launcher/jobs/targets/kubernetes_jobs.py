@@ -34,7 +34,10 @@ from launcher.jobs.targets.manifests.pod import (
     EmptyDir,
     EnvSource,
     EnvVar,
+    Exec,
     FieldRef,
+    Handler,
+    Lifecycle,
     ObjectMeta,
     PodSpec,
     PodTemplate,
@@ -291,7 +294,13 @@ def _template(
 ) -> PodTemplate:
     k8s = spec.cluster.kubernetes
     container = Container(
-        name=name, image=_image(k8s), command=command, env=env, resources=resources, volumeMounts=_mounts(k8s)
+        name=name,
+        image=_image(k8s),
+        command=command,
+        env=env,
+        resources=resources,
+        lifecycle=_last_act(spec) if command is None else None,
+        volumeMounts=_mounts(k8s),
     )
     return PodTemplate(
         metadata=metadata,
@@ -307,6 +316,12 @@ def _template(
             volumes=_volumes(k8s, job_name(spec), shm=shm),
         ),
     )
+
+
+def _last_act(spec: JobSpec) -> Lifecycle:
+    """For pods whose first process is not the worker, which would take the signal: ask the run and wait for it."""
+    command = ("python", "-m", "launcher.jobs.prestop", spec.run, str(spec.stop_lead_s))
+    return Lifecycle(preStop=Handler(exec=Exec(command=command)))
 
 
 def _job_env(spec: JobSpec) -> tuple[EnvVar, ...]:

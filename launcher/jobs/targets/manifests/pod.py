@@ -64,12 +64,28 @@ class VolumeMount(Model):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Exec(Model):
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handler(Model):
+    exec: Exec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifecycle(Model):
+    preStop: Handler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Container(Model):
     name: str
     image: str
     command: tuple[str, ...] | None = None
     env: tuple[EnvVar, ...]
     resources: Resources | None = None
+    lifecycle: Lifecycle | None = None
     volumeMounts: tuple[VolumeMount, ...]
 
 
