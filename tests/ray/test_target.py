@@ -17,6 +17,7 @@ import pytest
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR, RecipeError, UserError
 from launcher.jobs import ray_driver
 from launcher.jobs.job import Job
+from launcher.jobs.ray_agent import RayAgent
 from launcher.jobs.spec import JobSpec, job_spec
 from launcher.jobs.targets import ray
 from launcher.plan import make_plan
@@ -291,7 +292,36 @@ def test_a_job_server_that_does_not_answer_leaves_the_state_unknown_with_the_rea
     assert "no answer" in status.reason
 
 
-# the driver
+# agent and driver
+
+
+def heard(agent: RayAgent) -> tuple[list[str], int]:
+    """All lines of a worker and its exit code."""
+    lines: list[str] = []
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        more, code = agent.poll()
+        lines += more
+        if code is not None:
+            return lines, code
+    raise AssertionError(f"no end: {lines}")
+
+
+def test_an_agent_passes_on_what_its_worker_says_and_how_it_ends(tmp_path):
+    agent = RayAgent(str(tmp_path / "runs" / "tiny"))
+    agent.start([], "train: {max_stepz: 3}", {"LAUNCHER_TARGET": "ray", "LAUNCHER_JOB_ID": "tiny-1"}, None)
+    lines, code = heard(agent)
+    assert code == EXIT_USER_ERROR
+    assert any("train.max_stepz" in line for line in lines)
+    assert agent.poll() == ([], EXIT_USER_ERROR)  # also for who missed the first answer
+
+
+def test_an_agent_that_cannot_start_its_worker_says_why(tmp_path):
+    agent = RayAgent(str(tmp_path / "runs" / "tiny"))
+    agent.start([], "", {}, str(tmp_path / "no-such-folder"))
+    lines, code = heard(agent)
+    assert code == EXIT_FAILED
+    assert "no-such-folder" in lines[0]
 
 
 def drive(*codes: int | None, budget: int = 2, stop: bool = False) -> tuple[int, int]:

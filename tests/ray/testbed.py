@@ -31,6 +31,7 @@ class RayCluster:
             "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
             "PYTHONPATH": os.pathsep.join([str(HOLD), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "RAY_TMPDIR": str(self.folder),
+            "TMPDIR": str(self.folder),  # what a killed node leaves goes with the folder
             "RAY_health_check_timeout_ms": "60000",  # slow is not dead; a node that is gone refuses at once
         }
         self._gcs_port, self._dashboard_port = free_port(), free_port()
