@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import VERBS
+from launcher.jobs.job import OVER
+from launcher.jobs.submissions import latest
+from launcher.jobs.targets.process import status
+from tests.jobs.make import until
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -42,14 +46,19 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.chdir(tmp_path)
     _build_inputs()
-    for arguments in commands():
-        result = subprocess.run(
-            [sys.executable, "-m", "launcher", *arguments],
-            cwd=tmp_path / "demo",
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == 0, f"{arguments}: {result.stdout[-3000:]}{result.stderr[-3000:]}"
-        assert result.stdout.strip(), f"{arguments} printed nothing"
+    try:
+        for arguments in commands():
+            result = subprocess.run(
+                [sys.executable, "-m", "launcher", *arguments],
+                cwd=tmp_path / "demo",
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert result.returncode == 0, f"{arguments}: {result.stdout[-3000:]}{result.stderr[-3000:]}"
+            assert result.stdout.strip(), f"{arguments} printed nothing"
+    finally:
+        jobs = [job for run in (tmp_path / "demo" / "runs").glob("*") if (job := latest(run)) is not None]
+        until("the job in the background to end", lambda: all(status(job).state in OVER for job in jobs))
+    assert [status(job).state for job in jobs] == ["cancelled"]
     assert (tmp_path / "demo" / "runs" / "short" / "final" / "model.safetensors").exists()
