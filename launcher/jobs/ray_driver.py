@@ -12,8 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,21 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import ray
     except ImportError:
         raise UserError('Ray is not installed in this Python: pip install "train-launcher[ray]"') from None
-    with _stop_note() as stop:
-        local = cluster.ray.address == "local" and _JOB_CONFIG not in os.environ
-        _connect(ray, cluster, local=local)
-        task = Task(
-            run=os.path.join(here, given.run),
-            recipe=recipe,
-            cluster=cluster,
-            job=given.job_id or _submission_id() or f"{Path(given.run).name}-{os.getpid()}",
-            first_restart=given.restart,
-            folder=given.folder or (here if local else None),
-        )
-        try:
-            return Driver(ray, task, stop).drive()
-        finally:
-            ray.shutdown()
+    stop, local = Stop(), cluster.ray.address == "local" and _JOB_CONFIG not in os.environ
+    stop.listen()
+    _connect(ray, cluster, local=local)
+    stop.listen()  # Ray has put a handler of its own for SIGTERM, which prints a stack and dies (2.60)
+    task = Task(
+        run=os.path.join(here, given.run),
+        recipe=recipe,
+        cluster=cluster,
+        job=given.job_id or _submission_id() or f"{Path(given.run).name}-{os.getpid()}",
+        first_restart=given.restart,
+        folder=given.folder or (here if local else None),
+    )
+    try:
+        return Driver(ray, task, stop).drive()
+    finally:
+        ray.shutdown()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,23 +109,15 @@ class Stop:
 
     why: str | None = None
 
+    def listen(self) -> None:
+        """SIGTERM (`ray job stop`) and Ctrl-C leave a note; a second Ctrl-C ends the driver, and Ray ends its actors."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._note)
 
-@contextmanager
-def _stop_note() -> Iterator[Stop]:
-    """SIGTERM (`ray job stop`) and Ctrl-C leave a note; a second Ctrl-C ends the driver, and Ray ends its actors."""
-    stop, numbers = Stop(), (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def note(number: int, _: object) -> None:
-        if number == signal.SIGINT and stop.why == "Ctrl-C":
+    def _note(self, number: int, _: object) -> None:
+        if number == signal.SIGINT and self.why == "Ctrl-C":
             os._exit(EXIT_FAILED)
-        stop.why = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        self.why = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def _connect(ray: Any, cluster: Cluster, *, local: bool) -> None:
