@@ -34,8 +34,9 @@ from launcher.jobs.supervisor import (
 from launcher.plan import make_plan
 from launcher.recipe.check import load
 from launcher.recipe.schema import Recipe, to_dict
+from launcher.run.control import read_verdict, write_verdict
 from launcher.run.directory import RunDirectory
-from launcher.run.lease import Submission
+from launcher.run.lease import LeaseHeld, Submission
 from launcher.run.ledger import attempts
 
 _EXCUSE_S = 5.0  # for nodes that wait already to hear why this one does not come
@@ -77,6 +78,27 @@ def work(
         UserError: impossible options, a taken port, or what the recipe asks for and this node lacks.
     """
     submission = find_submission()
+    try:
+        return _work(
+            run, submission, recipe_file=recipe_file, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous,
+            command=command, console=console,
+        )  # fmt: skip
+    except UserError as error:
+        _leave_word(run, submission, error)
+        raise
+
+
+def _work(
+    run: RunDirectory,
+    submission: Submission | None,
+    *,
+    recipe_file: Path | None,
+    nodes: int | None,
+    node_rank: int | None,
+    rendezvous: str | None,
+    command: Sequence[str],
+    console: Console,
+) -> int:
     place = find_place(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous, command=bool(command))
     overrides = [] if place.nodes is None else [f"cluster.nodes={place.nodes}"]
     recipe = _recipe(run, recipe_file, submission, overrides)
@@ -89,6 +111,19 @@ def work(
         node = find_node(recipe, place, console.say)
         ending = take_part(Part(run=run, recipe=recipe, node=node, submission=submission, reason="worker"), console)
     return EXIT_FINISHED if ending is None else ending.worker_exit_code
+
+
+def _leave_word(run: RunDirectory, submission: Submission | None, error: UserError) -> None:
+    """Say `stop` for an attempt that never began.
+
+    The scheduler ends the other nodes along with this one, and how those end must not count instead of the mistake. A
+    run that somebody else drives, or whose last attempt left no word, is not spoken for.
+    """
+    with contextlib.suppress(OSError, UserError):
+        known = attempts(run)
+        silent = bool(known) and not known[-1].ended
+        if submission is not None and not silent and not isinstance(error, LeaseHeld) and read_verdict(run) is None:
+            write_verdict(run, "stop")
 
 
 def launch_node(recipe: Recipe, place: Place, *, force: bool, console: Console) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.run.control import read_outcomes
 from launcher.run.ledger import attempts, valid_checkpoints
 from tests.jobs.make import losses, until
 from tests.slurm.make import STEPS, Site, story
@@ -142,7 +143,8 @@ def test_l11_a_copy_on_a_node_that_was_cut_off_commits_nothing(site):
     site.hold("twin", node=site.node_of(job)[0])
     site.release("twin")  # the old copy alone
     run = site.run("twin")
-    until("the old copy's end", lambda: any((run.control / "outcome").glob("1-*.json")), timeout_s=240)
+    ended = until("the old copy's end", lambda: read_outcomes(run, 1), timeout_s=240)
+    assert "attempt 2 has started" in ended[0].message  # what its first commit met
     assert {checkpoint.attempt for checkpoint in valid_checkpoints(run) if checkpoint.step > 4} <= {2}
     site.release("twin", node=site.node_of(job)[0])
     site.wait_for(job, "COMPLETED")
@@ -186,13 +188,26 @@ def test_a_sweep_is_an_array_whose_runs_come_back_one_by_one(site):
     assert len({tuple(losses(site.run(name)).values()) for name in names}) == 3
 
 
+def test_l10_a_recipe_that_was_spoilt_after_it_was_checked_is_not_tried_again(site):
+    """No attempt begins, and the nodes end each other; none of that may look like a death without a word."""
+    site.call("render", site.recipe, "run.name=spoilt", "--target", "slurm", "-o", "spoilt")
+    recipe = site.folder / "spoilt" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace('"fsdp2"', '"fsdp3"'))
+    job = site.shell("cd spoilt && sbatch --parsable job.sbatch")
+    site.wait_for(job, "FAILED")
+    assert site.cluster.job(job)["Restarts"] == "0"
+    assert "strategy.kind = fsdp3" in (recipe.parent / f"slurm-{job}.out").read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (("cluster.nodes=9", "train.global_batch_size=18"), "cluster.nodes = 9"),
+        (("cluster.nodes=9", "train.global_batch_size=18"), "cluster.nodes"),
         (("cluster.slurm.partition=nowhere",), "cluster.slurm.partition"),
         (("cluster.slurm.gres=gpu:3",), "cluster.slurm.gres = gpu:3"),
-        (("cluster.slurm.account=nobody", "cluster.slurm.qos=none"), "cluster.slurm.qos"),
+        (("cluster.slurm.reservation=nothing",), "cluster.slurm.reservation"),
+        (("cluster.slurm.constraint=fast",), "cluster.slurm.constraint"),
+        (("cluster.slurm.cpus_per_node=99",), "cluster.slurm.cpus_per_node = 99"),
     ],
 )
 def test_what_slurm_would_refuse_is_refused_before_anything_is_queued(site, changes, told):
