@@ -110,7 +110,7 @@ class Stop:
     why: str | None = None
 
     def listen(self) -> None:
-        """SIGTERM (`ray job stop`) and Ctrl-C leave a note; a second Ctrl-C ends the driver, and Ray ends its actors."""
+        """SIGTERM (`ray job stop`) and Ctrl-C leave a note; a second Ctrl-C ends the driver, and Ray its actors."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._note)
 

@@ -355,5 +355,6 @@ def test_losses_without_a_word_end_with_the_budget():
 def test_a_driver_with_the_job_servers_address_is_told_where_it_belongs(recipe, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    monkeypatch.setattr(ray_driver.Stop, "listen", lambda _: None)  # signals are pytest's
     with pytest.raises(UserError, match=r"launcher submit --target ray"):
         ray_driver.main(["/runs/tiny", "--recipe", str(recipe)])
