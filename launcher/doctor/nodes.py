@@ -230,14 +230,10 @@ def _run_ranks(node: Node, order: Mapping[str, Any]) -> dict[str, Any]:
                     stderr=outputs[2 * i + 1],
                 )
             )
-        late = _wait(processes)
+        failed, late = _wait(processes)
         for output in outputs:
             output.seek(0)
         texts = [output.read().decode(errors="replace") for output in outputs]
-    codes = [process.returncode for process in processes]
-    failed = next((i for i, code in enumerate(codes) if code), None)
-    if late:
-        failed = failed if failed is not None else 0
     said = "" if failed is None else _last_lines(texts[2 * failed + 1])
     why = f"nothing came within {_RANKS_TIMEOUT_S:.0f} s. {said}" if late else said
     return {"report": texts[0] if failed is None else "", "failed": failed is not None, "why": why.strip()}
@@ -254,21 +250,18 @@ def _variables(node: Node, order: Mapping[str, Any], local_rank: int) -> dict[st
     return {name: str(value) for name, value in values.items()}
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
-    """Wait for all, at most so long; one that fails ends the others. Whether it took too long."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int | None, bool]:
+    """Wait for all, at most so long; one that fails ends the others. Which failed, and whether it took too long."""
     deadline = time.monotonic() + _RANKS_TIMEOUT_S
     try:
-        while any(process.poll() is None for process in processes):
-            if any(process.returncode for process in processes):
-                return False
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
             if time.monotonic() >= deadline:
-                return True
+                return codes.index(None), True
             time.sleep(0.05)
-        return False
+        return next((i for i, code in enumerate(codes) if code), None), False
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
             process.wait()
 
 
