@@ -489,3 +489,14 @@ def test_submit_status_logs_and_cancel_from_a_machine_that_does_not_see_the_run(
     code, said = launcher(capsys, "submit", "recipe.yaml", f"cluster.kubernetes.kind={kind}")
     assert code == 0, said
     assert (KINDS[kind].plural, "team-a", "big-2") in api.objects
+
+
+def test_crds_are_for_target_kubernetes_alone(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(CRD_DIR, "elsewhere")  # --crds comes before it
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    where = ["render", "recipe.yaml", "cluster.target=torchrun", "run.dir=runs", "--crds", "crds"]
+    code, said = launcher(capsys, *where)
+    assert (code, said) == (2, "--crds crds: only target kubernetes has CRDs, this job is for torchrun.\n")
+    code, said = launcher(capsys, "render", "recipe.yaml", "--crds", "crds")
+    assert (code, said) == (2, "--crds crds: expected a folder with CustomResourceDefinitions (LAUNCHER_CRD_DIR).\n")
