@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 SLOW = 0.8  # of the median speed: below it a rank is named
-_TEXT_BYTES = 768  # of one rank in a gather; its longest text takes about 300
+_TEXT_BYTES = 1024  # of one rank in a gather; its longest text takes about 300
+_WORD = 64  # characters of a name or version that are compared; some hosts have names of 200
 _REDUCED_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 _REDUCTIONS = 3  # after one that makes the connections
 _SIDE = 4096  # of the square matrices
@@ -220,12 +221,16 @@ def _gather(values: Mapping[str, Any], ranks: Ranks) -> list[dict[str, Any]]:
     """What each rank gave, by rank; one message, on the CPU side of the group."""
     if ranks.world_size == 1:
         return [dict(values)]
-    data = json.dumps(values).encode()
-    assert len(data) <= _TEXT_BYTES, values
-    mine = torch.frombuffer(bytearray(data.ljust(_TEXT_BYTES)), dtype=torch.uint8)
+    mine = torch.frombuffer(bytearray(_text(values)), dtype=torch.uint8)
     rows = [torch.empty_like(mine) for _ in range(ranks.world_size)]
     dist.all_gather(rows, mine)
     return [json.loads(bytes(row.tolist())) for row in rows]
+
+
+def _text(values: Mapping[str, Any]) -> bytes:
+    """Values as JSON of a fixed length, with words cut short."""
+    short = {k: v.encode("ascii", "replace").decode()[:_WORD] if isinstance(v, str) else v for k, v in values.items()}
+    return json.dumps(short).encode().ljust(_TEXT_BYTES)
 
 
 def _keep(run: RunDirectory, attempt: int, report: Report) -> None:

@@ -106,6 +106,13 @@ def test_ranks_of_different_torch_are_refused_on_every_rank_alike(tmp_path: Path
     assert [said for said, _ in run_ranks(on_two, 2, str(tmp_path), {"torch": ["2.13.0", "2.12.1"]})] == [words] * 2
 
 
+def test_the_longest_names_fit_into_one_message():
+    words = dict.fromkeys((*preflight.versions.installed(), "node"), "\u00e9" * 300)
+    text = preflight._text({**words, "group": 10**6})
+    assert len(text) == preflight._TEXT_BYTES
+    assert json.loads(text)["node"] == "?" * preflight._WORD
+
+
 def test_a_rank_alone_on_a_cpu_measures_nothing():
     alone = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1, node=0)
     found = preflight.examine(ranks=alone, device=CPU, node="here")
