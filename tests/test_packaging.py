@@ -27,7 +27,7 @@ def test_every_constraint_is_an_exact_public_version():
     assert constraints()["torch"] == "2.13.0"
 
 
-@pytest.mark.parametrize("extra", ["base", "train", "trackers", "dev"])
+@pytest.mark.parametrize("extra", ["base", "train", "deepspeed", "ray", "kubernetes", "trackers", "dev"])
 def test_the_installed_extras_are_pinned_inside_their_ranges(extra: str):
     pinned = constraints()
     listed = PROJECT["dependencies"] if extra == "base" else PROJECT["optional-dependencies"][extra]
