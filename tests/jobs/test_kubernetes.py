@@ -14,7 +14,8 @@ from launcher.errors import Problem, RecipeError, UserError
 from launcher.jobs.spec import JobSpec, job_spec
 from launcher.jobs.targets import kubernetes
 from launcher.jobs.targets import problems as target_problems
-from launcher.jobs.targets.kubernetes_jobs import job_name, objects
+from launcher.jobs.targets.kubernetes_jobs import objects
+from launcher.jobs.targets.kubernetes_parts import job_name
 from launcher.jobs.targets.kubernetes_validation import CRD_DIR, model_complaints, pod_complaints, read
 from launcher.jobs.targets.manifests import jobset, pod, rayjob, rules, trainjob
 from launcher.jobs.targets.manifests.strict import Model, complaints, plain
@@ -414,6 +415,11 @@ def test_without_a_queue_nothing_is_suspended_and_the_priority_is_the_pods():
     assert job["metadata"]["labels"] == {"app.kubernetes.io/managed-by": "launcher", "team": "a"}
     assert node_pod(spec)["spec"]["priorityClassName"] == "research"
     assert "metadata" not in node_pod(spec)
+
+
+def test_a_name_of_cluster_env_comes_from_the_secret_even_where_we_would_set_it():
+    env = variables(node_pod(replace(spec_of("jobset"), env_names=("HF_HOME",)))["spec"]["containers"][0])
+    assert env["HF_HOME"] == {"secretKeyRef": {"name": "launcher-env", "key": "HF_HOME"}}
 
 
 def test_topology_may_be_required_or_preferred():

@@ -16,7 +16,7 @@ from launcher.errors import UserError
 from launcher.jobs.job import Job
 from launcher.jobs.spec import JobSpec
 from launcher.jobs.targets import kubernetes
-from launcher.jobs.targets.kubernetes_client import KINDS
+from launcher.jobs.targets.kubernetes_server import KINDS
 from launcher.jobs.targets.kubernetes_status import status_of
 from launcher.jobs.targets.kubernetes_validation import CRD_DIR
 from launcher.recipe.schema.cluster import Cluster
@@ -194,7 +194,7 @@ def test_the_words_of_a_webhook_are_passed_on(api: ApiServer, tmp_path):
 
 
 def test_a_config_map_goes_again_when_the_job_is_refused_after_it(api: ApiServer, tmp_path, monkeypatch):
-    from launcher.jobs.targets.kubernetes_client import Server
+    from launcher.jobs.targets.kubernetes_server import Server
 
     create = Server.create
 
@@ -370,6 +370,12 @@ def test_a_job_that_kueue_holds_back_says_so_in_kueues_words(
     api.put("workloads", {"metadata": {"name": "w", "labels": labels}, "status": {"conditions": conditions}})
     found = kubernetes.status(job_of(kind))
     assert (found.state, found.reason) == (state, reason)
+
+
+def test_a_user_who_may_not_look_at_pods_still_learns_the_state(api: ApiServer):
+    put(api, "jobset", {"replicatedJobsStatus": parts(active=1, ready=1)})
+    api.refusals["GET", "pods"] = (403, "pods is forbidden")
+    assert kubernetes.status(job_of("jobset")).state == "running"
 
 
 def test_a_job_that_is_being_deleted_counts_until_its_pods_have_ended():

@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.errors import Problem
 from launcher.jobs.spec import JobSpec
-from launcher.jobs.targets.kubernetes_jobs import job_name, longest_run_name
+from launcher.jobs.targets.kubernetes_parts import job_name, longest_run_name
 from launcher.jobs.targets.manifests import rules
 from launcher.jobs.targets.manifests.pod import Toleration
 from launcher.jobs.targets.manifests.strict import complaints
