@@ -25,9 +25,12 @@ def start_of(pid: int) -> int | None:
 
 
 def lives(pid: int, start: int | None) -> bool:
-    """Whether the process that had this pid and start is there, on this kernel; a zombie is not."""
+    """Whether the process that had this pid and start is there, on this kernel; a zombie is not.
+
+    start: None: it had ended before anybody could see it
+    """
     if os.path.exists("/proc/self/stat"):
-        return start_of(pid) == start
+        return start is not None and start_of(pid) == start
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

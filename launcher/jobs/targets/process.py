@@ -20,6 +20,7 @@ from launcher.errors import UserError
 from launcher.jobs.environment import require_train_extra, require_variables
 from launcher.jobs.job import Finding, Job, JobStatus
 from launcher.jobs.spec import ENDPOINT, JobSpec, Rendered
+from launcher.run.control import CANCEL, stop_reason
 from launcher.run.directory import RunDirectory
 from launcher.run.ledger import Attempt, attempts
 from launcher.run.processes import boot_id, lives, start_of
@@ -150,6 +151,8 @@ def _ended(job: Job, run: RunDirectory, last: Attempt | None) -> JobStatus:
     if last is None:
         if reached_end(run):
             return JobStatus("finished", "nothing was left to do")
+        if (reason := stop_reason(run) or "").startswith(CANCEL):
+            return JobStatus("cancelled", f"{reason}, before its first attempt")
         return JobStatus("failed", f"ended before its first attempt: {_last_line(job)}")
     if not last.ended:
         return JobStatus("failed", f"attempt {last.number} was killed without a last word")
