@@ -86,7 +86,7 @@ def _sweep(
     name, recipes = expand(lambda changes: load_for_target(recipe, changes, target), overrides, parse(texts))
     submitted = submit_sweep(recipes, name=name, force=force, say=lambda text: click.echo(text, err=as_json))
     if as_json:
-        click.echo(json.dumps([_object(one) for one in submitted], indent=2))
+        click.echo(json.dumps({"version": VERSION, "runs": [_object(one) for one in submitted]}, indent=2))
     else:
         for one in submitted:
             click.echo(f"submitted {one.job.run}: {one.job.target} job {one.job.id}")

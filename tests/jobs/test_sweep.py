@@ -132,6 +132,11 @@ def test_the_verb(site):
     env = {"PATH": site.path}
     out, _ = finish(launcher("submit", recipe, "--sweep", "optimizer.lr=1e-2,1e-3", env=env), code=0)
     assert out.splitlines()[0] == f"submitted {site.folder}/runs/tiny-lr-1e-2: slurm job 40_0"
+    out, _ = finish(launcher("submit", recipe, "--sweep", "optimizer.lr=1e-1,1e-4", "--json", env=env), code=0)
+    assert [(run["run"], run["id"]) for run in json.loads(out)["runs"]] == [
+        ("tiny-lr-1e-1", "40_0"),
+        ("tiny-lr-1e-4", "40_1"),
+    ]
     _, error = finish(launcher("submit", recipe, "--sweep", "optimizer.lr=1e-2", "--wait", env=env), code=2)
     assert "--wait: follows one job" in error
     _, error = finish(
