@@ -89,7 +89,7 @@ class Site:
 
         until(f"{name} at step {HELD}", there, timeout_s=240)
 
-    def node_of(self, job_id: str) -> list[str]:
+    def nodes_of(self, job_id: str) -> list[str]:
         """Names of a job's nodes, the batch script's first."""
         nodes = self.cluster.job(job_id)["NodeList"]
         return self.cluster.command("scontrol", "show", "hostnames", nodes).split()
