@@ -26,6 +26,7 @@ from launcher.errors import UserError
 from launcher.run.directory import RunDirectory
 from launcher.run.files import sync_folder
 from launcher.run.ledger import latest_attempt, ledger_lock
+from launcher.run.processes import boot_id, lives, start_of
 
 HEARTBEAT_S = 5.0
 WATCH_S = 20.0  # four heartbeats
@@ -198,7 +199,7 @@ def current_owner(run: RunDirectory) -> tuple[Owner | None, bool | None]:
         if owner is None or owner.released:
             return owner, False
         if _same_kernel(owner):
-            return owner, _process_lives(owner)
+            return owner, lives(owner.pid, owner.pid_start)
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -330,48 +331,18 @@ def _close_held() -> None:
 
 def _this_process(submission: Submission | None) -> Owner:
     return Owner(
-        host=socket.gethostname(), boot_id=_boot_id(), pid=os.getpid(), pid_start=_start_of(os.getpid()),
+        host=socket.gethostname(), boot_id=boot_id(), pid=os.getpid(), pid_start=start_of(os.getpid()),
         token=uuid.uuid4().hex, since=time.time(), **(asdict(submission) if submission else {}),
     )  # fmt: skip
 
 
 def _same_kernel(owner: Owner) -> bool:
-    return owner.boot_id == _boot_id() and (bool(owner.boot_id) or owner.host == socket.gethostname())
+    return owner.boot_id == boot_id() and (bool(owner.boot_id) or owner.host == socket.gethostname())
 
 
 def _lives_here(owner: Owner | None) -> bool:
     """Whether the one who signed is a live process of this kernel and has not given the lease back."""
-    return owner is not None and not owner.released and _same_kernel(owner) and _process_lives(owner)
-
-
-def _process_lives(owner: Owner) -> bool:
-    """Whether the owner's process is there, on this kernel; a zombie is not."""
-    if os.path.exists("/proc/self/stat"):
-        return _start_of(owner.pid) == owner.pid_start
-    try:
-        os.kill(owner.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _start_of(pid: int) -> int | None:
-    """Start time of a live process, clock ticks since boot; None if there is none, or it is a zombie."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    rest = text.rpartition(")")[2].split()  # the name before may hold blanks and brackets
-    return None if rest[0] in "ZX" else int(rest[19])  # fields 3 and 22 of proc(5)
+    return owner is not None and not owner.released and _same_kernel(owner) and lives(owner.pid, owner.pid_start)
 
 
 def _sign(handle: int, owner: Owner) -> None:
