@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import signal
 import sys
 import time
@@ -55,11 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     cluster, recipe = _cluster(given.recipe), Path(given.recipe).read_text(encoding="utf-8")
     here = os.getcwd()  # ray.init may leave it
+    local = cluster.ray.address == "local" and _JOB_CONFIG not in os.environ
+    if local:
+        _take_token()
     try:
         import ray
     except ImportError:
         raise UserError('Ray is not installed in this Python: pip install "train-launcher[ray]"') from None
-    stop, local = Stop(), cluster.ray.address == "local" and _JOB_CONFIG not in os.environ
+    stop = Stop()
     stop.listen()
     _connect(ray, cluster, local=local)
     stop.listen()  # Ray has put a handler of its own for SIGTERM, which prints a stack and dies (2.60)
@@ -118,6 +122,12 @@ class Stop:
         if number == signal.SIGINT and self.why == "Ctrl-C":
             os._exit(EXIT_FAILED)
         self.why = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def _take_token() -> None:
+    """A cluster that lives as long as its job gets a token of its own; Ray would leave one in the home (2.60)."""
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 def _connect(ray: Any, cluster: Cluster, *, local: bool) -> None:

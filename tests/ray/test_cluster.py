@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from launcher.jobs import submissions
-from launcher.jobs.asking import ask_one
 from launcher.jobs.job import Job, JobStatus
 from launcher.run.control import read_outcomes
 from launcher.run.directory import RunDirectory
@@ -76,7 +76,8 @@ class Site:
         """Until a job is in one of these states; a test that waits in vain tells what the job said."""
 
         def there() -> JobStatus | None:
-            status = ask_one(job)
+            said = json.loads(self.call("status", job.run, "--json"))["job"]
+            status = JobStatus(said["state"], said["reason"], said["nodes"])
             over = status.state in ("finished", "failed", "cancelled") and status.state not in states
             assert not over, f"{status}\n{self.output(job)}"
             return status if status.state in states else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,8 @@ class RayCluster:
             **os.environ,
             "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
             "PYTHONPATH": os.pathsep.join([str(HOLD), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "RAY_AUTH_MODE": "token",  # other users of the machine stay outside
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_TMPDIR": str(self.folder),
             "TMPDIR": str(self.folder),  # what a killed node leaves goes with the folder
             "RAY_health_check_timeout_ms": "60000",  # slow is not dead; a node that is gone refuses at once
@@ -103,8 +106,10 @@ class RayCluster:
 
     def _alive(self) -> int:
         """Nodes that the head counts, itself included; 0 until its job server answers."""
+        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        asked = urllib.request.Request(f"{self.address}/nodes?view=summary", headers=headers)
         try:
-            with urllib.request.urlopen(f"{self.address}/nodes?view=summary", timeout=10) as answer:
+            with urllib.request.urlopen(asked, timeout=10) as answer:
                 nodes: list[dict[str, Any]] = json.load(answer)["data"]["summary"]
         except (OSError, ValueError, LookupError):
             return 0

@@ -279,12 +279,14 @@ def _get(address: str, path: str) -> Any:
     Raises:
         UserError: nothing, or something else, answers there.
     """
-    asked = urllib.request.Request(address + path, headers=json.loads(os.environ.get("RAY_JOB_HEADERS") or "{}"))
+    asked = urllib.request.Request(address + path, headers=_headers())
     try:
         with urllib.request.urlopen(asked, timeout=_TIMEOUT_S) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        fix = "Is it Ray's job server (the dashboard's port, 8265), and does it want RAY_JOB_HEADERS or a token?"
+        fix = "Is it Ray's job server (the dashboard's port, 8265)?"
+        if error.code in (401, 403):
+            fix = "If the cluster wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH."
         raise UserError(f"cluster.ray.address = {address}: answers {error.code} {error.reason}. {fix}") from None
     except ValueError:
         fix = "Give the address of the dashboard, http://HOST:8265."
@@ -293,6 +295,26 @@ def _get(address: str, path: str) -> Any:
         why = getattr(error, "reason", None) or error
         fix = "Is the head up, and its port 8265 open to this machine (ray start --head --dashboard-host 0.0.0.0)?"
         raise UserError(f"cluster.ray.address = {address}: no answer ({why}). {fix}") from None
+
+
+def _headers() -> dict[str, str]:
+    """What Ray's own client would send: the user's headers, and the token if that is how the cluster is entered.
+
+    Raises:
+        UserError: there is no token where RAY_AUTH_MODE asks for one, or RAY_JOB_HEADERS is no JSON.
+    """
+    try:
+        given: dict[str, str] = json.loads(os.environ.get("RAY_JOB_HEADERS") or "{}")
+    except ValueError as error:
+        raise UserError(f"RAY_JOB_HEADERS: expected a JSON object ({error}).") from None
+    try:
+        from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+    except ImportError:  # no Ray here, or one from before tokens
+        return given
+    try:
+        return {**given, **get_auth_headers_if_auth_enabled(given)}
+    except Exception as error:
+        raise UserError(f"RAY_AUTH_MODE: {_short(error)}") from None
 
 
 def _version_there(address: str) -> str:
@@ -322,7 +344,7 @@ def _asked(address: str, what: str) -> Iterator[Any]:
 
 def _client(make: Any, address: str) -> Any:
     """A client of this address; left to itself it would take what RAY_ADDRESS says in its place (Ray 2.60)."""
-    headers, name = json.loads(os.environ.get("RAY_JOB_HEADERS") or "null"), "RAY_API_SERVER_ADDRESS"
+    headers, name = _headers(), "RAY_API_SERVER_ADDRESS"
     for module in _TALKATIVE:
         logging.getLogger(module).setLevel(logging.WARNING)
     with _ENVIRONMENT:
