@@ -87,6 +87,6 @@ def _inside(model: type[Model], value: Any, where: str) -> Iterator[str]:
 
 
 @functools.cache
-def _hints(model: type[Model]) -> dict[str, Any]:
+def _hints(model: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(model)
     return {field.name: hints[field.name] for field in fields(model)}
