@@ -63,8 +63,22 @@ def submit(recipe: Recipe, *, force: bool, say: Say) -> Submitted | None:
             require_valid(findings, spec.cluster.target)
             snapshot.copy(spec)
             job = target.submit(spec, rendered, folder)
-        submissions.record(place, job, files=rendered.files)
+        lost = _remember(place, job, rendered)
+    if lost:  # behind what undoes a refusal: the job is there
+        raise UserError(lost)
     return Submitted(job, place, findings)
+
+
+def _remember(place: Path, job: Job, rendered: Rendered) -> str:
+    """Why a job that is handed over could not be remembered; empty when it was."""
+    try:
+        submissions.record(place, job, files=rendered.files)
+    except OSError as error:
+        return (
+            f"{place}: {job.target} job {job.id} is submitted, but that could not be written down "
+            f"({error.strerror or error}). `launcher` cannot find it: end it there, mend the folder and submit again."
+        )
+    return ""
 
 
 @contextmanager

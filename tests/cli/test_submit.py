@@ -138,6 +138,17 @@ def test_a_refused_submission_of_a_run_that_exists_leaves_the_run_and_its_last_j
     assert "slurm j1 failed" in call("status", "demo")[1]
 
 
+def test_a_job_that_is_handed_over_but_cannot_be_written_down_is_named_and_its_run_stays(here, call, monkeypatch):
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("launcher.jobs.submissions.append_line", full)
+    code, _, err = call("submit", "demo.yaml")
+    assert code == 2
+    assert "slurm job j1 is submitted, but that could not be written down (No space left on device)" in err
+    assert RunDirectory(here / "runs" / "demo").exists()
+
+
 def test_all_that_validation_finds_bad_is_said_and_nothing_is_handed_over(here, call):
     fake.findings[:] = [
         Finding("sbatch --test-only", "bad", "Invalid account"), Finding("image", "bad", "missing"), Finding("x", "ok"),
