@@ -183,7 +183,7 @@ def test_without_ray_the_command_that_installs_it_is_named(recipe, tmp_path, mon
 
 
 class _Server(http.server.ThreadingHTTPServer):
-    """Answers each path with what `answers` says; a text as it is, else as JSON."""
+    """Answers each path with what `answers` says; a text as it is, a number as a code, else as JSON."""
 
     answers: dict[str, object]
 
@@ -191,7 +191,7 @@ class _Server(http.server.ThreadingHTTPServer):
         def do_GET(self) -> None:
             answer = self.server.answers.get(self.path)  # type: ignore[attr-defined]
             body = answer if isinstance(answer, str) else json.dumps(answer)
-            self.send_response(404 if answer is None else 200)
+            self.send_response(404 if answer is None else answer if isinstance(answer, int) else 200)
             self.end_headers()
             self.wfile.write(body.encode())
 
@@ -228,6 +228,16 @@ def test_what_is_no_job_server_is_said_to_be_none(recipe, server, tmp_path):
     assert "no Ray job server" in findings(spec_of(recipe), server, tmp_path)["job server"][1]
     server.answers = {}
     assert "answers 404" in findings(spec_of(recipe), server, tmp_path)["job server"][1]
+    server.answers = {"/api/version": 401}
+    assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in findings(spec_of(recipe), server, tmp_path)["job server"][1]
+
+
+def test_headers_that_are_no_json_are_refused(recipe, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_HEADERS", "Authorization: Bearer hush")
+    said = findings(spec_of(recipe), server, tmp_path)["job server"]
+    assert said[0] == "bad"
+    assert said[1].startswith("RAY_JOB_HEADERS: expected a JSON object")
+    assert "hush" not in said[1]
 
 
 def test_a_cluster_with_an_old_ray_is_refused(recipe, server, tmp_path):
