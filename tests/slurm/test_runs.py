@@ -209,7 +209,7 @@ def test_l10_a_recipe_that_was_spoilt_after_it_was_checked_is_not_tried_again(si
         (("cluster.slurm.gres=gpu:3",), "cluster.slurm.gres = gpu:3"),
         (("cluster.slurm.reservation=nothing",), "cluster.slurm.reservation"),
         (("cluster.slurm.constraint=fast",), "cluster.slurm.constraint"),
-        (("cluster.slurm.cpus_per_node=99",), "cluster.slurm.cpus_per_node = 99"),
+        (("cluster.slurm.cpus_per_node=99",), "cluster.slurm.cpus_per_node"),
     ],
 )
 def test_what_slurm_would_refuse_is_refused_before_anything_is_queued(site, changes, told):
