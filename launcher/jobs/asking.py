@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from launcher.jobs import targets
 from launcher.jobs.job import Job, JobStatus
 from launcher.jobs.submissions import Submission, submissions
 from launcher.run.directory import RunDirectory
+from launcher.run.ledger import Attempt, attempts
 from launcher.run.summary import summarise
 
 _AT_ONCE = 8
@@ -52,7 +53,7 @@ def summaries(runs: Sequence[tuple[RunDirectory, Path]], *, ask_targets: bool = 
     """
     found = [summarise(run) for run, _ in runs]
     last = [next(reversed(submissions(place)), None) for _, place in runs]
-    known = [_settled(one.job, summary) if one is not None else None for one, summary in zip(last, found, strict=True)]
+    known = [settled(one.job) if one is not None else None for one in last]
     open_ones = [one.job for one, status in zip(last, known, strict=True) if one is not None and status is None]
     answers = iter(ask(open_ones) if ask_targets else [JobStatus("unknown", "not asked")] * len(open_ones))
     for (run, _), summary, one, status in zip(runs, found, last, known, strict=True):
@@ -70,15 +71,21 @@ def _as_run(state: str) -> str:
     return "preempted" if state == "preempted-will-return" else state
 
 
-def _settled(job: Job, summary: Mapping[str, Any]) -> JobStatus | None:
+def settled(job: Job) -> JobStatus | None:
     """How a job ended for good, as the run's own ledger says; None while only its target can tell."""
-    of_it = [attempt for attempt in summary["attempts"] if attempt["job_id"] == job.id]
-    end = of_it[-1]["end"] if of_it else None
-    if end is None:
+    last = last_attempt(job)
+    if last is None or not last.ended:
         return None
-    if end["class"] in ("finished", "cancelled"):
-        return JobStatus(end["class"], f"attempt {of_it[-1]['number']}")
-    return JobStatus("failed", f"{end['class']}: {end['why']}") if end["verdict"] == "stop" else None
+    if last.end_class == "finished":
+        return JobStatus("finished", f"attempt {last.number}")
+    if last.end_class == "cancelled":
+        return JobStatus("cancelled", f"attempt {last.number}")
+    return JobStatus("failed", f"{last.end_class}: {last.end_why}") if last.end_verdict == "stop" else None
+
+
+def last_attempt(job: Job) -> Attempt | None:
+    """The last attempt that the run's ledger has of a job; None where it cannot be seen from here."""
+    return next((a for a in reversed(attempts(RunDirectory(job.run))) if a.job_id == job.id), None)
 
 
 def _shape(submission: Submission, status: JobStatus) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def test_submit_hands_over_exactly_what_render_shows_and_remembers_the_job(here,
     code, out, _ = call("submit", "demo.yaml")
     assert code == 0
     folder = here / "runs" / "demo" / "job" / "submission-1"
-    assert {file.name: file.read_text() for file in folder.iterdir()} == shown["files"]
+    assert {name: (folder / name).read_text() for name in shown["files"]} == shown["files"]
+    assert {file.name for file in folder.iterdir()} - set(shown["files"]) <= {"provenance.json", "dirty.patch"}
     for part in (
         f"submitted {here / 'runs' / 'demo'}: slurm job j1",
         str(folder),
