@@ -106,6 +106,7 @@ class RayCluster:
 
     def _alive(self) -> int:
         """Nodes that the head counts, itself included; 0 until its job server answers."""
+        time.sleep(0.2)  # the head has other work
         headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
         asked = urllib.request.Request(f"{self.address}/nodes?view=summary", headers=headers)
         try:
