@@ -81,11 +81,12 @@ def test_a_job_with_a_killed_rank_is_started_again_by_its_class_and_repeats_the_
     assert ended(run) == "finished"
     assert_same_training(run, whole)
     first, second = attempts(run)
-    assert (first.end_class, first.end_verdict, first.restart) == ("unknown", "requeue", 0)
+    assert first.end_class in ("unknown", "communication")  # as the other rank speaks before its end or not
+    assert (first.end_verdict, first.restart) == ("requeue", 0)
     assert (second.end_class, second.restart, second.job_id) == ("finished", 1, first.job_id)
     assert {first.target, second.target} == {"torchrun"}
     out, _ = finish(launcher("status", run.path, "--history"), code=0)
-    assert re.search(r"unknown +requeue", out)
+    assert re.search(rf"{first.end_class} +requeue", out)
 
 
 def test_a_job_that_is_told_to_stop_ends_with_75_and_the_next_submission_goes_on_exactly(recipe, whole):
