@@ -21,6 +21,7 @@ from launcher.jobs.preparation import agrees
 from launcher.jobs.spec import Rendered, job_spec
 from launcher.plan import make_plan
 from launcher.recipe.schema import Recipe
+from launcher.run import provenance
 from launcher.run.directory import RunDirectory
 from launcher.run.lease import current_owner
 from launcher.run.state import reached_end
@@ -62,6 +63,7 @@ def submit(recipe: Recipe, *, force: bool, say: Say) -> Submitted | None:
             findings = list(target.validate(spec, rendered, folder))
             require_valid(findings, spec.cluster.target)
             snapshot.copy(spec)
+            provenance.record(folder)
             job = target.submit(spec, rendered, folder)
         lost = _remember(place, job, rendered)
     if lost:  # behind what undoes a refusal: the job is there

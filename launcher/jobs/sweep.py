@@ -18,6 +18,7 @@ from launcher.jobs.spec import JobSpec, job_spec
 from launcher.jobs.submit import Submitted, require_idle, require_valid, submit, undone_if_refused
 from launcher.plan import make_plan
 from launcher.recipe.schema import Recipe
+from launcher.run import provenance
 from launcher.run.state import reached_end
 
 Say = Callable[[str], None]
@@ -145,6 +146,7 @@ def _submit_array(recipes: Sequence[Recipe], *, name: str, force: bool, say: Say
             findings = list(slurm.validate(specs[0], rendered, folder))
             require_valid(findings, "slurm")
             snapshot.copy(specs[0])
+            provenance.record(folder)
             jobs = slurm.submit_sweep(specs, rendered, folder)
         for job, place, number in zip(jobs, places, range(len(jobs)), strict=True):
             submissions.record(place, job, files=_files(specs[number], number))

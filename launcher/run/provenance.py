@@ -54,8 +54,8 @@ def record(folder: Path, *, source: Path | None = None) -> None:
     """Write provenance.json into a folder, and dirty.patch where the repository has uncommitted changes.
 
     Args:
-        source: whose git repository is recorded; None: the current directory. A copy that `cluster.snapshot` made
-            tells of the repository that it was made from.
+        source: whose git repository is recorded; None: the current directory. Where the code is a copy that
+            `cluster.snapshot` made, or `source` is the folder of a submission, what was recorded there is repeated.
     Raises:
         OSError: it cannot be written.
     """
@@ -69,11 +69,11 @@ def record(folder: Path, *, source: Path | None = None) -> None:
         "launcher_version": __version__,
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
     }
-    if (copied := _snapshot_of(source)) is not None:
-        said = json.loads((copied / RECORD).read_text())
-        values |= {"snapshot": str(copied), "git": said["git"]}
-        if (copied / PATCH).exists():
-            shutil.copyfile(copied / PATCH, folder / PATCH)
+    if (earlier := _recorded_earlier(source)) is not None:
+        said = json.loads((earlier / RECORD).read_text())
+        values |= {"recorded_in": str(earlier), "git": said["git"]}
+        if (earlier / PATCH).exists():
+            shutil.copyfile(earlier / PATCH, folder / PATCH)
     else:
         values["git"], patch = _git_record(source)
         if patch:
@@ -188,8 +188,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _snapshot_of(source: Path) -> Path | None:
-    """The copied tree that `source` lies in, if it does."""
-    return next(
-        (up for up in (source, *source.parents) if up.name.startswith("code-") and (up / RECORD).exists()), None
-    )
+def _recorded_earlier(source: Path) -> Path | None:
+    """The folder of the copied code that runs, or that of the submission, if it tells where the code comes from."""
+    copies = [up for up in (source, *source.parents, *Path(__file__).parents) if up.name.startswith("code-")]
+    return next((place for place in (*copies, source) if (place / RECORD).exists()), None)

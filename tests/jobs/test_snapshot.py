@@ -129,7 +129,7 @@ def test_the_attempts_provenance_is_that_of_the_copied_code(repository, tmp_path
     (tmp_path / "attempt").mkdir()
     record(tmp_path / "attempt", source=code / "repository")
     values = json.loads((tmp_path / "attempt" / "provenance.json").read_text())
-    assert (values["snapshot"], values["git"]["dirty"]) == (str(code), True)
+    assert (values["recorded_in"], values["git"]["dirty"]) == (str(code), True)
     assert "+VALUE = 'dirty'" in (tmp_path / "attempt" / "dirty.patch").read_text()
 
 

@@ -73,6 +73,16 @@ def test_where_only_secrets_changed_there_is_no_patch(repository, tmp_path):
     assert (values["git"]["dirty"], values["git"]["left_out"], values["git"]["patch"]) == (True, [".env"], None)
 
 
+def test_an_attempt_in_the_folder_of_a_submission_repeats_what_was_recorded_when_it_was_submitted(repository, tmp_path):
+    (repository / "code.py").write_text("two\n")
+    submitted = recorded_in(tmp_path / "submission", repository)
+    git(repository, "checkout", "-q", ".")
+    attempt = recorded_in(tmp_path / "attempt", tmp_path / "submission")
+    assert attempt["git"] == submitted["git"]
+    assert attempt["recorded_in"] == str(tmp_path / "submission")
+    assert (tmp_path / "attempt" / PATCH).read_text() == (tmp_path / "submission" / PATCH).read_text()
+
+
 def test_a_long_patch_is_cut_and_that_is_said(repository, tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "PATCH_BYTES", 1000)
     (repository / "code.py").write_text("".join(f"{i}\n" for i in range(10_000)))
