@@ -28,6 +28,7 @@ class Machines:
         unique = f"lt{os.getpid()}x{next(_number)}"
         self.names = [f"{unique}n{i}" for i in range(count)]
         self._switch = f"{unique}sw"
+        self._started: list[subprocess.Popen[str]] = []
         self._hosts = Path(tempfile.mkdtemp(prefix="launcher-netns-"), "hosts")
         lines = [f"{address} node{i}\n" for i, address in enumerate(self.addresses)]
         self._hosts.write_text("127.0.0.1 localhost\n" + "".join(lines))
@@ -43,6 +44,7 @@ class Machines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.end()
         for name in (*self.names, self._switch):  # interfaces go with their namespace
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
         shutil.rmtree(self._hosts.parent, ignore_errors=True)
@@ -56,7 +58,16 @@ class Machines:
 
     def launcher(self, node: int, *arguments: object, **more: object) -> subprocess.Popen[str]:
         """A `launcher` process on a machine, as `tests.jobs.make.launcher` starts one here."""
-        return launcher(*map(str, arguments), prefix=self.command(node), **more)
+        process = launcher(*map(str, arguments), prefix=self.command(node), **more)
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Kill the `launcher` processes that are left."""
+        for process in self._started:
+            process.kill()
+            process.communicate()
+        self._started.clear()
 
     def cable(self, node: int, *, plugged: bool) -> None:
         """Pull or plug the cable of a machine: packets are lost, nobody is told."""

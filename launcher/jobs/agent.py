@@ -77,9 +77,9 @@ class Agent:
         if not known:
             raise self._error
         rank, failure = next(iter(known.items()))
-        ended = enumerate(RankProcess.started[self._first :], start=rank - failure.local_rank)
+        processes = enumerate(RankProcess.started[self._first :], start=rank - failure.local_rank)
         return {
-            rank: _ended(process.exitcode) for rank, process in ended if process.exitcode and not process.ended_by_us
+            rank: ended(process.exitcode) for rank, process in processes if process.exitcode and not process.ended_by_us
         }
 
     def _host(self, run_id: str, ranks: int, node: Node, arguments: tuple[Any, ...], log: Path) -> None:
@@ -137,7 +137,8 @@ class RankProcess(ForkServerProcess):
         self.kill()
 
 
-def _ended(exit_code: int) -> str:
+def ended(exit_code: int) -> str:
+    """How a process ended, in words, from what subprocess and multiprocessing call its exit code."""
     if exit_code >= 0:
         return f"exit code {exit_code}"
     try:

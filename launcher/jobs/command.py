@@ -8,14 +8,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from launcher.errors import UserError
-from launcher.jobs import restart, warm
+from launcher.jobs import preflight, restart, warm
+from launcher.jobs.agent import ended
 from launcher.jobs.console import Console
 from launcher.jobs.ending import Ending, judge
 from launcher.jobs.environment import evaluate_setup, require_train_extra, require_variables
@@ -49,6 +52,8 @@ def watch_over(
         evaluate_setup(recipe.cluster.setup)
         require_train_extra()
         require_variables(recipe.cluster.env, after_setup=bool(recipe.cluster.setup))
+        if shutil.which(command[0]) is None:
+            raise UserError(f"-- {command[0]}: expected a command that starts the ranks, PATH has none of that name.")
         with owned(run, submission, console.say):
             with written(run):
                 open_run(run, recipe, plan, force=False, say=console.say)
@@ -57,6 +62,11 @@ def watch_over(
                 if not is_prepared(run, recipe):
                     warm.start(recipe.strategy.kind, "cpu")
                 ending = prepared(run, recipe, console, signals)
+            if ending is None and recipe.cluster.preflight and plan.nodes == 1:  # of others nothing is known here
+                seen = preflight.alone(recipe, plan, run)
+                seen.tell(console.say)
+                seen.keep(run, attempt)
+                ending = seen.ending
             if ending is None:
                 ending = _supervise(command, run, recipe, plan, attempt, console, signals, started=started)
             ending = conclude(run, attempt, ending)
@@ -95,7 +105,8 @@ def _supervise(
         message = "ended at once by a second Ctrl-C; the work since the last checkpoint is lost"
         return Ending(status="failed", failure_class="unknown", message=message, for_good=True)
     code = process.returncode
-    how = f"the command ended with {code}: {shlex.join(command)}" if code >= 0 else f"the command was killed by {-code}"
+    how = f"the command ended with exit code {code}" if code >= 0 else f"the command was {ended(code)}"
+    how = f"{how}: {shlex.join(command)}"
     outcomes = read_outcomes(run, attempt)
     ending = judge(outcomes, {}, ranks=range(plan.world_size))
     if ending.failure_class == "unknown" and not any(o.kind == "failed" for o in outcomes.values()):
@@ -108,10 +119,8 @@ def _supervise(
 @contextlib.contextmanager
 def _started(command: Sequence[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """The command, away from the terminal's signals; what is left of it at the end is ended."""
-    try:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-    except OSError as error:
-        raise UserError(f"{command[0]}: cannot be started ({error.strerror or error}).") from None
+    tied = [sys.executable, "-m", "launcher.jobs.tether", str(os.getpid()), *command]
+    process = subprocess.Popen(tied, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         yield process
     finally:

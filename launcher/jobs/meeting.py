@@ -294,9 +294,14 @@ def join(node: Node, signals: Signals, say: Say) -> Meeting:
     """
     assert node.rendezvous is not None
     name, port = address(node.rendezvous, name="--rendezvous")
-    _await_listener(name, port, node, signals, say)
     _quiet_torch()
-    return Meeting(_connected(name, port, signals), node, signals)
+    while True:
+        _await_listener(name, port, node, signals, say)
+        try:
+            return Meeting(_connected(name, port, signals), node, signals)
+        except Away:
+            if _listens(name, port) is None:
+                raise  # nothing that answers as node 0
 
 
 def twice_node_0(node: Node) -> str | None:

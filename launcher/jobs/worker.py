@@ -39,7 +39,7 @@ from launcher.run.directory import RunDirectory
 from launcher.run.lease import LeaseHeld, Submission
 from launcher.run.ledger import attempts
 
-_EXCUSE_S = 5.0  # for nodes that wait already to hear why this one does not come
+_EXCUSE_S = 20.0  # for nodes that are just starting to hear why this one does not take part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +188,7 @@ def take_part(part: Part, console: Console) -> Ending | None:
     """
     started = time.monotonic()
     with Signals() as signals:
-        with _excused(part.node, signals):
+        with _excused(part.node, signals, console.say):
             machine = ready_machine(part.recipe, console.say)
         act = _lead if part.node.rank == 0 else _follow
         done = act(part, machine, console, signals, started)
@@ -215,13 +215,14 @@ def _lead(
             others.announce(attempt, shared.leave_token(run), ending)
             ending = ending or others.await_all(console.say)
             others.settle(ending)
+        missing = ending is not None and signals.stop is None  # nodes that may be just starting
         ending = ending or _preflight(part, attempt, others, console)
         ending = ending or supervise(
             run, recipe, plan, attempt, node, machine, console, signals, started=started, meeting=others
         )
         ending = conclude(run, attempt, ending)
         if others is not None:
-            others.conclude(ending)
+            others.conclude(ending, wait_s=_EXCUSE_S if missing else 0.0)
         if part.submission is None and ending.failure_class == "user":
             discard_if_fresh(run, attempt)
     return attempt, ending
@@ -342,12 +343,13 @@ def _hosted(node: Node, signals: Signals) -> Iterator[Meeting | None]:
 
 
 @contextlib.contextmanager
-def _excused(node: Node, signals: Signals) -> Iterator[None]:
-    """Tell the nodes that wait already why this one does not come, where an error ends it early."""
+def _excused(node: Node, signals: Signals, say: Callable[[str], None]) -> Iterator[None]:
+    """Tell the other nodes why this one does not take part, where an error ends it early."""
     try:
         yield
     except UserError as error:
         if node.rendezvous is not None:
+            say(f"this node cannot take part, which the others are told for {_EXCUSE_S:.0f} s: {error}")
             with contextlib.suppress(Exception):
                 _excuse(node, signals, error)
         raise
@@ -356,10 +358,15 @@ def _excused(node: Node, signals: Signals) -> Iterator[None]:
 def _excuse(node: Node, signals: Signals, error: UserError) -> None:
     if node.rank == 0:
         _say_why(meeting.host(node, signals), error)
-    elif meeting.listens(node):
-        others = meeting.join(node, signals, lambda text: None)
-        others.refuse(f"node {node.rank} ({others.names[node.rank]}): {error}")
-        others.leave()
+        return
+    deadline = time.monotonic() + _EXCUSE_S
+    while not meeting.listens(node):
+        if time.monotonic() >= deadline or signals.stop is not None:
+            return
+        time.sleep(0.2)
+    others = meeting.join(node, signals, lambda text: None)
+    others.refuse(f"node {node.rank} ({others.names[node.rank]}): {error}")
+    others.leave()
 
 
 def _say_why(others: Meeting, error: UserError) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -28,6 +28,12 @@ def machines():
         yield made
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left(machines):
+    yield
+    machines.end()
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     """A recipe for two ranks, and its run `local` with both on one node."""
@@ -36,6 +42,16 @@ def recipe(tmp_path_factory) -> Path:
     )  # fmt: skip
     finish(launcher("run", made, "run.name=local"), code=0)
     return made
+
+
+@pytest.fixture(scope="module")
+def pair(recipe) -> Path:
+    """The same recipe for two nodes of one rank."""
+    values = json.loads(recipe.read_text())
+    values["cluster"] |= {"nodes": 2, "nproc_per_node": 1}
+    file = recipe.with_name("pair.yaml")
+    file.write_text(json.dumps(values))
+    return file
 
 
 def by_hand(machines: Machines, recipe: Path, name: str, *changes: str, ranks=(1, 0), port: int = 29400):
@@ -108,35 +124,33 @@ def test_fsdp2_on_two_nodes_of_two_ranks_learns_what_four_ranks_on_one_node_lear
     assert tensors_of(valid_checkpoints(run)[-1].path) == tensors_of(valid_checkpoints(local)[-1].path)
 
 
-def test_a_killed_worker_ends_the_others_and_a_restart_of_the_job_goes_on(machines, recipe):
+def test_a_killed_worker_ends_the_others_and_a_restart_of_the_job_goes_on(machines, recipe, pair):
     """Node 1's, then node 0's; the first start makes the run from the recipe, later ones know its own."""
-    first = workers(machines, recipe, "killed")
+    first = workers(machines, pair, "killed")
     run = in_the_middle(recipe, "killed", first)
     first[1].kill()
     out, _ = finish(first[0], code=75)
     assert "node 1 (node1) has gone without a word" in out
     assert (attempts(run)[0].end_class, read_verdict(run)) == ("node", "requeue")
 
-    second = workers(machines, recipe, "killed", restart=1)
+    second = workers(machines, pair, "killed", restart=1)
     until("some steps", lambda: len(attempts(run)) == 2 and read_state(run).step)
     second[0].kill()
     finish(second[1], code=75)
     assert read_verdict(run) is None  # who would have written it is dead
 
-    for node in workers(machines, recipe, "killed", restart=2):
+    for node in workers(machines, pair, "killed", restart=2):
         finish(node, code=0)
     assert [(start.job_id, start.restart) for start in attempts(run)] == [("4711", 0), ("4711", 1), ("4711", 2)]
     assert losses(run) == losses(run_of(recipe, "local"))
-    for process in (first[1], second[0]):
-        process.communicate()
 
 
-def test_l11_a_restart_takes_over_from_a_live_copy_of_the_job_whose_late_checkpoint_is_void(machines, recipe):
+def test_l11_a_restart_takes_over_from_a_live_copy_of_the_job_whose_late_checkpoint_is_void(machines, pair):
     """As when a scheduler gives a node up that is only cut off: all of the old copy lives on."""
-    old = workers(machines, recipe, "cut")
-    run = in_the_middle(recipe, "cut", old)
+    old = workers(machines, pair, "cut")
+    run = in_the_middle(pair, "cut", old)
     ranks = [freeze(node) for node in old]
-    new = workers(machines, recipe, "cut", restart=1, port=29401)
+    new = workers(machines, pair, "cut", restart=1, port=29401)
     out, _ = finish(new[0], code=0)
     finish(new[1], code=0)
     assert "taken over, because this is start 1" in out
@@ -202,21 +216,11 @@ def test_wrong_places_are_answered_in_words_before_anything_is_written(machines,
 
 
 def test_a_node_that_lacks_something_ends_the_wait_of_the_others_with_its_words(machines, recipe):
-    nodes = by_hand(machines, recipe, "lacking", "cluster.env=[SECRET]", ranks=(0,))
-    environment = {"SECRET": "x"}
+    options = ["--nodes", 2, "--rendezvous", "node0:29400", "run.name=lacking", "cluster.env=[SECRET]"]
     nodes = [
-        machines.launcher(
-            i, "run", recipe, "--nodes", 2, "--node-rank", i, "--rendezvous", "node0:29402", "run.name=lacking",
-            "cluster.nproc_per_node=1", "cluster.env=[SECRET]", env=environment if i == 0 else {},
-        )
-        for i in (0, 1)
-    ] + nodes  # fmt: skip
+        machines.launcher(i, "run", recipe, "--node-rank", i, *options, "cluster.nproc_per_node=1", env=environment)
+        for i, environment in ((0, {"SECRET": "x"}), (1, {}))
+    ]
     for node in nodes:
         _, err = finish(node, code=2)
         assert "cluster.env: SECRET not set in the environment" in err
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays(recipe):
-    yield
-    shutil.rmtree(run_of(recipe, "wrong").path, ignore_errors=True)
