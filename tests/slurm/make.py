@@ -68,7 +68,7 @@ class Site:
         said = json.loads(self.call("status", self.run(name).path, "--json"))
         return said["status"], said["job"]["state"]
 
-    def wait_for(self, job_id: str, *states: str, timeout_s: float = 240) -> dict[str, str]:
+    def wait_for(self, job_id: str, *states: str, timeout_s: float = 400) -> dict[str, str]:
         """Until a job is in one of these states; a test that waits in vain tells what the job and its run say."""
         return self.cluster.wait_for(job_id, *states, timeout_s=timeout_s)
 
@@ -87,7 +87,7 @@ class Site:
             assert state not in ENDED, f"{state}\n{self.cluster.account_of(job_id)}"
             return last_step(self.run(name), attempt) >= HELD - 2
 
-        until(f"{name} at step {HELD}", there, timeout_s=240)
+        until(f"{name} at step {HELD}", there, timeout_s=400)
 
     def nodes_of(self, job_id: str) -> list[str]:
         """Names of a job's nodes, the batch script's first."""

@@ -17,7 +17,7 @@ from tests.jobs.make import losses, until
 from tests.slurm.make import STEPS, Site, story
 from tests.slurm.testbed import slurm
 
-pytestmark = pytest.mark.gloo
+pytestmark = [pytest.mark.gloo, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def test_l9_the_time_limit_itself_saves_requeues_and_ends_exactly(site):
     """The first start is held until it is asked to stop; how many more are needed is up to the machine."""
     site.hold("timed")
     job = site.submit("timed", "cluster.time_limit_min=1", "cluster.stop_lead_s=10")
-    until("its time limit", lambda: site.cluster.job(job)["Restarts"] == "1", timeout_s=240)
+    until("its time limit", lambda: site.cluster.job(job)["Restarts"] == "1", timeout_s=400)
     site.release("timed")
-    site.wait_for(job, "COMPLETED", timeout_s=400)
+    site.wait_for(job, "COMPLETED", timeout_s=900)
     site.assert_exact("timed")
     *before, last = story(site.run("timed"))
     assert {end for _, _, end in before} == {"preemption"}
@@ -145,7 +145,7 @@ def test_l11_a_copy_on_a_node_that_was_cut_off_commits_nothing(site):
     site.hold("twin", node=new)
     site.release("twin")  # the old copy alone
     run = site.run("twin")
-    ended = until("the old copy's end", lambda: read_outcomes(run, 1), timeout_s=240)
+    ended = until("the old copy's end", lambda: read_outcomes(run, 1), timeout_s=400)
     assert "attempt 2 has started" in ended[0].message  # what its first commit met
     assert {checkpoint.attempt for checkpoint in valid_checkpoints(run) if checkpoint.step > 4} <= {2}
     site.release("twin", node=new)

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -144,7 +144,7 @@ class Slurm:
         """Until all these nodes (default: all) take jobs."""
         ready = re.compile(r"State=(IDLE|MIXED|ALLOCATED) ")
         for name in nodes or self.nodes:
-            _until(f"{name} ready", lambda name=name: ready.search(self._state_of(name)), 60, self._logs)
+            _until(f"{name} ready", lambda name=name: ready.search(self._state_of(name)), 60, self.logs)
 
     def up(self, *, gpus: int, cpus: int) -> None:
         """Start everything; whoever calls takes it down again, whatever happens."""
@@ -157,7 +157,7 @@ class Slurm:
             "munged", "munged", "-F", "--force", f"--socket={munge}/socket", f"--key-file={munge}/key",
             f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed",
         )  # fmt: skip
-        _until("munged", (munge / "socket").exists, 20, self._logs)
+        _until("munged", (munge / "socket").exists, 20, self.logs)
         # slurmctld listens where its own host name leads, so it has a name of its own
         hosts = self.folder / "etc" / "hosts"
         control = f"hostname head && mount --bind {hosts} /etc/hosts && exec slurmctld -D -i"
@@ -290,7 +290,8 @@ class Slurm:
                     return True
         return False
 
-    def _logs(self) -> str:
+    def logs(self) -> str:
+        """The ends of what the daemons have written."""
         return "\n".join(f"--- {log}\n{_tail(log)}" for log in sorted((self.folder / "log").iterdir()))
 
 
@@ -310,7 +311,11 @@ def slurm(*, nodes: int = 4, gpus: int = 2, cpus: int = 8) -> Iterator[Slurm]:
         with _one_at_a_time():
             _sweep()
             cluster = Slurm(folder, uuid.uuid4().hex[:6], _free_network(), nodes)
-            cluster.up(gpus=gpus, cpus=cpus)
+            try:
+                cluster.up(gpus=gpus, cpus=cpus)
+            except Exception as error:
+                error.add_note(cluster.logs())  # they go with the cluster
+                raise
         yield cluster
     finally:
         if cluster is not None:
@@ -388,9 +393,11 @@ def _which(tool: str) -> str | None:
     return shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
-def output(*words: str | Path, check: bool = True, **more: Any) -> str:
+def output(*words: str | Path, check: bool = True, env: Mapping[str, str] = os.environ, **more: Any) -> str:
+    """What a command prints, on both streams; an error with all of it where it fails and `check` is set."""
     command = [str(word) for word in words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+    env = {**env, "PATH": f"{env['PATH']}:/usr/sbin:/sbin"}  # of `ip` and the daemons, which not every PATH has
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, **more)
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}")
     return done.stdout.strip()
