@@ -188,8 +188,6 @@ def _cores(spec: JobSpec) -> list[str]:
             "cores=$(tr , '\\n' <<<\"$SLURM_JOB_CPUS_PER_NODE\" | sed 's/(.*//' | sort -n | sed -n 1p)",
             *([share] if share else ()),
         ]
-    if tasks > 1:
-        lines += ['export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}"']
     return lines
 
 
