@@ -60,4 +60,4 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(recipe: Path):
     run.run_file.write_text(json.dumps(record))
     out, _ = finish(launcher("resume", run.path, "train.max_steps=8"), code=1)
     assert out.count("Traceback (most recent call last)") == 1
-    assert "KeyError: 'run_id'" in out.splitlines()[-2]
+    assert "KeyError: 'run_id'" in out.splitlines()[-3]  # then its verdict, and where the logs are

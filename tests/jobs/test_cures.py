@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import re
+from pathlib import Path
 
 import pytest
 
+from launcher.cli import status
+from launcher.jobs import supervisor
+from launcher.jobs.console import Console
 from launcher.jobs.cures import CURES, cure
+from launcher.jobs.ending import Ending
+from launcher.run.directory import RunDirectory
 
 LIGER = """\
   File "/opt/app-root/lib64/python3.12/site-packages/liger_kernel/transformers/model/gemma.py", line 9, in <module>
@@ -145,6 +152,29 @@ def test_message_and_traceback_are_both_read():
 @pytest.mark.parametrize("text", ["", "KeyError: 'run_id'", "the loss of step 7 is not finite", "AssertionError"])
 def test_an_error_that_is_not_known_gets_no_advice(text: str):
     assert cure(text) == ""
+
+
+FULL = Ending(
+    status="failed", failure_class="node", step=7, rank=1, node="n1",
+    message="OSError: [Errno 28] No space left on device",
+    traceback="Traceback ...\n", verdict="requeue", why="the first of its kind",
+)  # fmt: skip
+
+
+def test_the_end_of_a_run_says_what_to_do_below_the_failure(tmp_path: Path):
+    said = io.StringIO()
+    supervisor.tell(RunDirectory(tmp_path), 1, FULL, Console(said))
+    failed, advice, verdict, *_ = [line for line in said.getvalue().splitlines() if "raceback" not in line]
+    assert failed == "failed at step 7 by rank 1 on n1 (node): OSError: [Errno 28] No space left on device"
+    assert advice.startswith("what to do: Free space or quota where the run lies")
+    assert verdict.startswith("verdict: requeue")
+
+
+def test_status_says_what_to_do_below_the_first_failure():
+    failure = {"rank": 1, "node": "n1", "class": "node", "message": "RuntimeError", "traceback": "... " + FULL.message}
+    *_, advice = status._failure(failure)
+    assert advice.startswith("what to do: Free space or quota where the run lies")
+    assert len(list(status._failure({**failure, "traceback": None}))) == 1
 
 
 def test_patterns_compile_and_sentences_end():
