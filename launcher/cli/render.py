@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import tempfile
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.cli._common import find_submitted, load_for_target
+from launcher.cli._common import load_for_target
+from launcher.cli._differences import Last, differences, last_job
 from launcher.errors import EXIT_FINISHED, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def command(
     plan = make_plan(loaded)
     spec, module = planned(job_spec(loaded, plan)), find(loaded.cluster.target)
     if against is not None:
-        number, old = _last_job(against)
-        _print_differences(old, module.render(replace(spec, submission=number)).files, against, as_json)
+        last = last_job(against)
+        _print_differences(last, module.render(replace(spec, submission=last.number)).files, against, as_json)
         return EXIT_FINISHED
     spec = replace(spec, submission=next_number(place_for(spec)))
     rendered = module.render(spec)
@@ -136,47 +136,14 @@ def _object(
     return printed
 
 
-def _last_job(run: str) -> tuple[int, tuple[str, dict[str, str]]]:
-    """Number, name and files of what a run submitted last; where nothing was, of the attempt that it started last.
-
-    Raises:
-        UserError: it has started nothing.
-    """
-    from launcher.jobs.submissions import submissions
-    from launcher.run.ledger import latest_attempt
-
-    directory, place = find_submitted(run)
-    if known := submissions(place):
-        folder, names, number = known[-1].job.folder, known[-1].files, known[-1].number
-    else:
-        number = 1
-        folder = directory.job(latest_attempt(directory))
-        names = tuple(sorted(path.name for path in folder.iterdir() if path.is_file())) if folder.is_dir() else ()
-    there = {name: (folder / name).read_text() for name in names if (folder / name).is_file()}
-    if not there:
-        raise UserError(f"--diff {run}: it has started no job yet, so there is nothing to compare with.")
-    return number, (str(folder), there)
-
-
-def _print_differences(old: tuple[str, Mapping[str, str]], new: Mapping[str, str], run: str, as_json: bool) -> None:
-    """A unified diff, file by file."""
-    folder, before = old
-    found = {name: _difference(name, before.get(name), new.get(name)) for name in [*new, *(set(before) - set(new))]}
-    differences = {name: text for name, text in found.items() if text}
+def _print_differences(last: Last, new: Mapping[str, str], run: str, as_json: bool) -> None:
+    found = differences(last, new)
     if as_json:
-        click.echo(json.dumps({"against": folder, "diff": differences}, indent=2))
-    elif differences:
-        click.echo("".join(differences.values()), nl=False)
+        click.echo(json.dumps({"against": str(last.folder), "diff": found}, indent=2))
+    elif found:
+        click.echo("".join(found.values()), nl=False)
     else:
-        click.echo(f"the same as {run} has started last ({folder})")
-
-
-def _difference(name: str, old: str | None, new: str | None) -> str:
-    before, after = ((text or "").splitlines(keepends=True) for text in (old, new))
-    last = "/dev/null" if old is None else f"last/{name}"
-    now = "/dev/null" if new is None else f"now/{name}"
-    lines = difflib.unified_diff(before, after, last, now)
-    return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+        click.echo(f"the same as {run} has started last ({last.folder})")
 
 
 def _reasons(recipe: Recipe, plan: Plan) -> dict[str, Explained]:

@@ -135,6 +135,8 @@ def ready_machine(recipe: Recipe, say: Callable[[str], None]) -> Machine:
 def begin(run: RunDirectory, recipe: Recipe, plan: Plan, *, reason: str, submission: Submission | None = None) -> int:
     """Start an attempt in the ledger and keep the job as text beside it; the caller holds the lease.
 
+    Scripts are kept of a job on one machine; what a target was handed lies in the submission's folder.
+
     submission: which start of which job this is; None: by hand, on this machine or on several
     """
     nodes = [socket.gethostname()] if plan.nodes == 1 else plan.nodes
@@ -145,7 +147,9 @@ def begin(run: RunDirectory, recipe: Recipe, plan: Plan, *, reason: str, submiss
     job = run.job(attempt)
     job.mkdir(parents=True, exist_ok=True)
     record_beside(job)
-    for name, text in render(job_spec(recipe, plan), target="torchrun").files.items():
+    spec = job_spec(recipe, plan)
+    by_hand = submission is None and plan.nodes == 1
+    for name, text in (render(spec, target="torchrun").files if by_hand else spec.files).items():
         (job / name).write_text(text)
     write_state(run, "running", attempt=attempt, step=None)
     keep_back(run.reserve)

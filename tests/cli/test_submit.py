@@ -445,8 +445,13 @@ def test_diff_of_a_run_that_was_started_here_is_against_its_last_attempt(here, c
     code, _, err = call("render", "demo.yaml", "--diff", "demo")
     assert code == 2
     assert "--diff demo: it has started no job yet" in err
-    (here / "rendered").rename(run.job(attempt(run)))
-    assert call("render", "demo.yaml", "--target", "torchrun", "--diff", "demo")[1].startswith("the same as demo")
+    (here / "rendered").rename(folder := run.job(attempt(run)))
+    (folder / "provenance.json").write_text("{}")
+    again = ["render", "demo.yaml", "--target", "torchrun", "--diff", "demo"]
+    assert call(*again)[1].startswith("the same as demo")
+    (folder / "job.sh").unlink()  # as beside an attempt that a target started
+    assert call(*again)[1].startswith("the same as demo")
+    assert call(*again, "train.max_steps=9")[1].count("+++ now/") == 2
 
 
 @pytest.mark.parametrize("more", [["-o", "job"], ["--explain"]])
