@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 
 from launcher.errors import UserError
 
@@ -20,13 +21,21 @@ def address(text: str | None, *, name: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def require_free_port(port: int, *, name: str) -> None:
-    """Raises UserError where this machine, node 0, cannot listen on the port."""
+def require_free_port(port: int, *, name: str, wait_s: float = 0.0) -> None:
+    """Raises UserError where this machine, node 0, cannot listen on the port; waits so long for it to become free."""
+    deadline = time.monotonic() + wait_s
+    while (problem := _problem(port)) is not None:
+        if time.monotonic() >= deadline:
+            raise UserError(f"{name}: port {port} {problem}. Choose another.")
+        time.sleep(0.2)
+
+
+def _problem(port: int) -> str | None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
-            why = "is taken on this machine" if taken else f"cannot be listened on ({error.strerror})"
-            raise UserError(f"{name}: port {port} {why}. Choose another.") from None
+            return "is taken on this machine" if taken else f"cannot be listened on ({error.strerror})"
+    return None

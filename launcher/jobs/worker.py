@@ -39,6 +39,7 @@ from launcher.run.directory import RunDirectory
 from launcher.run.lease import LeaseHeld, Submission
 from launcher.run.ledger import attempts
 
+_OLD_COPY_S = 120.0  # for an earlier start of this job, dying on this machine, to leave the port
 _EXCUSE_S = 20.0  # for nodes that are just starting to hear why this one does not take part
 
 
@@ -108,7 +109,8 @@ def _work(
     if command:
         ending = watch_over(command, run, recipe, submission=submission, console=console)
     else:
-        node = find_node(recipe, place, console.say)
+        again = submission is not None and submission.restart > 0
+        node = find_node(recipe, place, console.say, port_wait_s=_OLD_COPY_S if again else 0.0)
         ending = take_part(Part(run=run, recipe=recipe, node=node, submission=submission, reason="worker"), console)
     return EXIT_FINISHED if ending is None else ending.worker_exit_code
 
@@ -141,8 +143,10 @@ def launch_node(recipe: Recipe, place: Place, *, force: bool, console: Console) 
     return EXIT_FINISHED if ending is None else ending.exit_code
 
 
-def find_node(recipe: Recipe, place: Place, say: Callable[[str], None]) -> Node:
+def find_node(recipe: Recipe, place: Place, say: Callable[[str], None], *, port_wait_s: float = 0.0) -> Node:
     """This node's place in a job, with the network interface it talks by, which is said.
+
+    port_wait_s: how long node 0 waits for its port to become free
 
     Raises:
         UserError: a place that cannot be; a rendezvous that is no address of node 0, or that nothing leads to.
@@ -165,7 +169,7 @@ def find_node(recipe: Recipe, place: Place, say: Callable[[str], None]) -> Node:
         if not network.is_here(host):
             twice = meeting.twice_node_0(node)
             raise UserError(twice or _not_here(rendezvous))
-        require_free_port(port, name=f"--rendezvous {rendezvous}")
+        require_free_port(port, name=f"--rendezvous {rendezvous}", wait_s=port_wait_s)
     interface = network.choose(host, wanted=cluster.network_interface)
     where = f" ({place.source})" if place.source else ""
     say(f"node {rank} of {cluster.nodes}{where}, node 0 at {rendezvous}; {interface}")
