@@ -86,7 +86,12 @@ def _inside(model: type[Model], value: Any, where: str) -> Iterator[str]:
             yield f"{dot}{field.name}: missing"
 
 
-@functools.cache
 def _hints(model: Any) -> dict[str, Any]:
+    """Field to type of a model's class."""
+    return _resolved(model)
+
+
+@functools.cache
+def _resolved(model: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(model)
     return {field.name: hints[field.name] for field in fields(model)}
