@@ -14,9 +14,10 @@ from launcher.errors import UserError
 @click.command(short_help="Stop a run for good, submitted or in a terminal.")
 @click.argument("run")
 def command(run: str) -> None:
-    """Stop a run for good: its job is taken out of the queue, or asked for a checkpoint and the end; wait for nothing.
+    """Stop a run for good: its job is taken out of the queue, or asked for a checkpoint and the end.
 
     RUN is a path, or a name below runs/. What was learnt stays; `launcher submit RUN` or `launcher resume RUN` goes on.
+    Slurm's jobs are waited for while they save, at most cluster.stop_lead_s; other targets' are not.
 
     example: launcher cancel runs/big
     """

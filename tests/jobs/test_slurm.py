@@ -16,6 +16,9 @@ from launcher.jobs._slurm import PRESETS, RECIPE, SWEEPS, files, main, overrides
 from launcher.jobs.spec import bare_spec
 from launcher.jobs.targets import slurm
 from launcher.recipe.check import load
+from launcher.run.control import request_stop
+from launcher.run.directory import RunDirectory
+from launcher.run.ledger import start_attempt
 from launcher.shipped import folder
 from tests.jobs.make import project
 from tests.jobs.slurm_make import Site, job, spec
@@ -179,7 +182,7 @@ def test_a_variable_that_is_not_set_is_told_before_sbatch_is_called(site, monkey
 def test_a_job_carries_its_cluster_and_whether_it_comes_back(site):
     site.command("sbatch", "echo 'a warning of the site'; echo '12;far'")
     found = slurm.submit(spec(requeue=False), slurm.render(spec()), site.folder)
-    assert (found.id, found.more) == ("12", {"cluster": "far", "requeue": "no"})
+    assert (found.id, found.more) == ("12", {"cluster": "far", "requeue": "no", "stop_lead_s": "300"})
     assert site.calls == ["sbatch --parsable job.sbatch"]
 
 
@@ -223,6 +226,35 @@ def test_cancel_ends_one_element_and_takes_no_offence_at_an_ended_job(site):
     site.command("scancel", "echo 'scancel: error: Kill job error on job id 40: Access/permission denied' >&2; exit 1")
     with pytest.raises(UserError, match=r"scancel 40_2: .*Access/permission denied"):
         slurm.cancel(job(site.folder, id="40_2"))
+
+
+def test_cancel_waits_for_the_checkpoint_of_a_run_that_trains(site):
+    """squeue writes the verdict when it is asked for the third time, as if the worker had."""
+    one = job(site.folder, stop_lead_s="300")
+    run = RunDirectory(one.run)
+    run.control.mkdir(parents=True)
+    start_attempt(run, target="slurm", job_id="7", nodes=1, reason="worker")
+    request_stop(run, "cancel by me")
+    verdict = run.control / "verdict"
+    third = f"[[ $(grep -c squeue {site.folder / 'calls'}) -lt 3 ]] || echo stop >{verdict}"
+    site.command("squeue", f"echo '7|RUNNING|None|a1'; {third}")
+    site.command("scancel", "")
+    slurm.cancel(one)
+    assert [call.split()[0] for call in site.calls] == ["squeue"] * 3 + ["scancel"]
+
+
+@pytest.mark.parametrize("state", ["PENDING", "COMPLETING"])
+def test_cancel_does_not_wait_for_a_job_that_does_not_train(site, state):
+    one = job(site.folder, stop_lead_s="300", id="8")  # the attempt is of another job
+    run = RunDirectory(one.run)
+    run.control.mkdir(parents=True)
+    start_attempt(run, target="slurm", job_id="7", nodes=1, reason="worker")
+    request_stop(run, "cancel by me")
+    site.command("squeue", f"echo '8|{state}|None|'")
+    site.command("scontrol", "")
+    site.command("scancel", "")
+    slurm.cancel(one)
+    assert site.calls == ["scancel 8"]
 
 
 def test_logs_are_the_file_that_slurm_writes_beside_the_script(site):

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,9 @@ from launcher.jobs.spec import JobSpec, Rendered
 from launcher.jobs.targets import slurm_states
 from launcher.jobs.targets.slurm_script import FILE, cores_of_a_node, output_name, script, uses_gpus
 from launcher.plan.saving import save_s, time_problem
+from launcher.run.control import read_verdict, stop_requested
+from launcher.run.directory import RunDirectory
+from launcher.run.ledger import attempts
 
 NAME_LENGTH = 200  # with a job id and `slurm-` it has to fit into a file name, and accounting keeps 255
 _NAME = re.compile(r"[A-Za-z0-9][\w.,=+@-]*", re.ASCII)
@@ -207,15 +211,27 @@ def logs(job: Job) -> Iterator[str]:
 
 
 def cancel(job: Job) -> None:
-    """scancel, after which the script does not requeue.
+    """scancel, after which the script does not requeue; ranks that were asked for a checkpoint get time for it first.
+
+    Slurm alone would kill them KillWait (30 s) after scancel, which is short for a large model.
 
     Raises:
         UserError: no scancel, or it refused.
     """
     _require("scancel")
+    run, deadline = RunDirectory(job.run), time.monotonic() + float(job.more.get("stop_lead_s", 0))
+    while time.monotonic() < deadline and _saving(run, job):
+        time.sleep(0.5)
     code, _, error = _run(["scancel", *slurm_states.of_cluster(job.more.get("cluster")), job.id])
     if code != 0 and not re.search(r"already complet|Invalid job id", error):
         raise UserError(f"scancel {job.id}: {_words(error) or f'exit code {code}'}")
+
+
+def _saving(run: RunDirectory, job: Job) -> bool:
+    """Whether an attempt of the job is under way that was asked to stop and has not said its last word."""
+    last = attempts(run)[-1:]
+    asked = last and last[0].job_id == job.id and not last[0].ended and stop_requested(run)
+    return bool(asked) and read_verdict(run) is None and status(job).state == "running"
 
 
 def _submit(spec: JobSpec, folder: Path) -> tuple[str, dict[str, str]]:
@@ -230,7 +246,7 @@ def _submit(spec: JobSpec, folder: Path) -> tuple[str, dict[str, str]]:
     match = re.search(r"^(\d+)(?:;(\S+))?$", out, re.MULTILINE)
     if code != 0 or match is None:
         raise UserError(f"sbatch refused {spec.name}: {_refusal(_words(error) or f'exit code {code}', spec)}")
-    more = {"requeue": "yes" if spec.cluster.slurm.requeue else "no"}
+    more = {"requeue": "yes" if spec.cluster.slurm.requeue else "no", "stop_lead_s": str(spec.stop_lead_s)}
     if match[2]:
         more["cluster"] = match[2]
     return match[1], more
