@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import VERBS
+from launcher.jobs.job import OVER
 from launcher.jobs.submissions import latest
 from launcher.jobs.targets import TARGETS
 from launcher.jobs.targets.process import status
@@ -44,5 +45,5 @@ def test_every_command_of_the_page_runs(target, tmp_path):
             assert done.stdout.strip(), f"{command} printed nothing"
     finally:
         jobs = [job for run in (tmp_path / "runs").glob("*") if (job := latest(run)) is not None]
-        until("every job has ended", lambda: all(status(job).state not in ("starting", "running") for job in jobs))
+        until("every job has ended", lambda: all(status(job).state in OVER for job in jobs), timeout_s=400)
     assert "cancelled" in {status(job).state for job in jobs}

@@ -12,31 +12,39 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from launcher.jobs.submissions import latest
-from launcher.jobs.targets.process import status
+from launcher.jobs.targets.process import cancel, status
 from launcher.run.directory import RunDirectory
 from launcher.run.ledger import attempts, valid_checkpoints
 from launcher.run.state import reached_end
 from tests.jobs.make import descendants, finish, launcher, losses, project, run_of, tensors_of, until
 
-pytestmark = [pytest.mark.gloo, pytest.mark.slow]
+pytestmark = [pytest.mark.gloo, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 60
+PATIENCE_S = 400  # a busy machine
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
+def recipe(tmp_path_factory) -> Iterator[Path]:
+    """A project; no job of its runs outlives the tests."""
     changes = {"train": {"max_steps": STEPS}, "checkpoint": {"every_steps": 20, "async_save": False}}
-    return project(tmp_path_factory.mktemp("background"), **changes)
+    recipe = project(tmp_path_factory.mktemp("background"), **changes)
+    yield recipe
+    for run in (recipe.parent / "runs").iterdir():
+        if (job := latest(run)) is not None and status(job).state in ("starting", "running"):
+            cancel(job)
+            ended(RunDirectory(run))
 
 
 @pytest.fixture(scope="module")
 def whole(recipe) -> RunDirectory:
-    finish(launcher("run", recipe, "run.name=whole"), code=0)
+    finish(launcher("run", recipe, "run.name=whole"), code=0, timeout_s=PATIENCE_S)
     return run_of(recipe, "whole")
 
 
@@ -52,7 +60,8 @@ def submitted(recipe: Path, name: str, *more: str) -> tuple[RunDirectory, int]:
     run = run_of(recipe, name)
     job = latest(run.path)
     assert job is not None
-    until("some steps", lambda: len(losses(run)) >= 5 or status(job).state not in ("starting", "running"))
+    over = ("finished", "failed", "cancelled")
+    until("some steps", lambda: len(losses(run)) >= 5 or status(job).state in over, timeout_s=PATIENCE_S)
     assert status(job).state == "running", status(job)
     return run, int(job.more["pid"])
 
@@ -61,7 +70,7 @@ def ended(run: RunDirectory) -> str:
     """The state of the last job once it is over."""
     job = latest(run.path)
     assert job is not None
-    until("the end of the job", lambda: status(job).state not in ("starting", "running"))
+    until("the end", lambda: status(job).state not in ("starting", "running"), timeout_s=PATIENCE_S)
     return status(job).state
 
 
@@ -98,7 +107,7 @@ def test_a_job_that_is_told_to_stop_ends_with_75_and_the_next_submission_goes_on
     os.kill(script, signal.SIGTERM)
     assert ended(run) == "cancelled"
     assert [attempt.end_class for attempt in attempts(run)] == ["preemption"]
-    out, _ = finish(launcher("submit", run.path, "--wait"), code=0)
+    out, _ = finish(launcher("submit", run.path, "--wait"), code=0, timeout_s=PATIENCE_S)
     assert "finished" in out
     assert_same_training(run, whole)
     out, _ = finish(launcher("logs", run.path, "--job"), code=0)
@@ -120,7 +129,7 @@ def test_wait_ends_with_2_for_a_mistake_in_the_data(recipe):
     bad = recipe.parent / "bad.jsonl"
     bad.write_text('{"messages": 7}\n')
     done = launcher("submit", recipe, "run.name=bad", f"data.train=[{{path: {bad}, format: messages}}]", "--wait")
-    out, err = done.communicate(timeout=240)
+    out, err = done.communicate(timeout=PATIENCE_S)
     assert done.returncode in (1, 2), f"{out}{err}"
     assert "failed" in out
 
