@@ -94,8 +94,10 @@ def _run(spec: JobSpec, k8s: Kubernetes) -> Iterator[Problem]:
             "run.dir", folder, f"a folder below {KEY}.mount = {k8s.mount}", f"Use run.dir={mount}/runs.",
             because=(f"{KEY}.mount",),
         )  # fmt: skip
-    elif not _PATH.fullmatch(spec.run):
-        yield Problem("run.dir", folder, "a path of letters, digits and . _ / @ + = , : -, and so run.name")
+    elif not _PATH.fullmatch(folder):
+        yield Problem("run.dir", folder, "a path of letters a-z, A-Z, digits and . _ / @ + = , : -")
+    elif not _PATH.fullmatch(spec.name):
+        yield Problem("run.name", spec.name, "a name of letters a-z, A-Z, digits and . _ @ + = , : -")
 
 
 def below(path: str, mount: str) -> bool:
