@@ -110,7 +110,10 @@ def test_a_job_that_ended_before_its_first_attempt_says_its_last_line(script):
 
 def test_cancel_before_the_first_attempt_is_cancelled(script):
     job = script("sleep 60")
-    request_stop(make_run(job.run.parent, job.run.name), "cancel by me@here")
+    run = make_run(job.run.parent, job.run.name)  # of which an earlier job had reached the end
+    end_attempt(run, start_attempt(run, target="torchrun", job_id="7", nodes=[], reason=""), step=6, outcome_class=None)
+    run.data_file.write_text('{"total_steps": 6}')
+    request_stop(run, "cancel by me@here")
     process.cancel(job)
     until("the end", lambda: over(job))
     assert process.status(job).state == "cancelled"

@@ -149,10 +149,10 @@ def _lives(job: Job) -> bool:
 
 def _ended(job: Job, run: RunDirectory, last: Attempt | None) -> JobStatus:
     if last is None:
-        if reached_end(run):
-            return JobStatus("finished", "nothing was left to do")
         if (reason := stop_reason(run) or "").startswith(CANCEL):
             return JobStatus("cancelled", f"{reason}, before its first attempt")
+        if reached_end(run):
+            return JobStatus("finished", "nothing was left to do")
         return JobStatus("failed", f"ended before its first attempt: {_last_line(job)}")
     if not last.ended:
         return JobStatus("failed", f"attempt {last.number} was killed without a last word")
