@@ -76,6 +76,22 @@ def load_for_target(text: str, overrides: Sequence[str], target: str | None) -> 
     return load(submissions(place)[-1].job.folder / "recipe.yaml", overrides, new=False, rules=rules).recipe
 
 
+def load_sweep(
+    text: str, overrides: Sequence[str], target: str | None, sweep: Sequence[str]
+) -> tuple[str, list[Recipe]]:
+    """Name and recipes of what --sweep makes of a recipe, checked as by `load_for_target`.
+
+    Raises:
+        UserError: it is a run, or everything that is wrong with a recipe or with --sweep.
+    """
+    from launcher.jobs.sweep import expand, parse
+    from launcher.recipe.presets import recipe_file
+
+    if recipe_file(text) is None and not text.endswith((".yaml", ".yml")):
+        raise UserError(f"--sweep: makes new runs from a recipe, and '{text}' is none.")
+    return expand(lambda changes: load_for_target(text, changes, target), overrides, parse(sweep))
+
+
 def load_recipe(path: str, overrides: Sequence[str], target: str | None) -> Recipe:
     """A recipe, checked with the rules of the target that it, or --target, names; errors as of `load`."""
     from launcher.jobs import targets

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.cli._common import load_for_target
+from launcher.cli._common import load_for_target, load_sweep
 from launcher.cli._differences import Last, differences, last_job
 from launcher.errors import EXIT_FINISHED, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from launcher.jobs.job import Finding
     from launcher.jobs.spec import JobSpec, Rendered
+    from launcher.jobs.sweep import SweepJob
     from launcher.plan import Plan
     from launcher.recipe.schema import Recipe
     from launcher.strategy.explained import Explained
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @click.argument("recipe", metavar="RECIPE|RUN")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @click.option("--target", help="torchrun, accelerate, slurm, ray or kubernetes.  [default: cluster.target]")
+@click.option("--sweep", multiple=True, metavar="KEY=A,B,...", help="What `submit` with it would hand over.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the files into this folder instead.")
 @click.option("--diff", "against", metavar="RUN", help="Print only what differs from what that run started last.")
 @click.option(
@@ -39,6 +41,7 @@ def command(
     recipe: str,
     overrides: tuple[str, ...],
     target: str | None,
+    sweep: tuple[str, ...],
     output: Path | None,
     against: str | None,
     crds: str | None,
@@ -52,6 +55,7 @@ def command(
 
     \b
     example: launcher render recipes/llama3.1-8b-fsdp2.yaml cluster.nodes=4 --target slurm -o job
+    example: launcher render recipes/llama3.1-8b-fsdp2.yaml --target slurm --sweep optimizer.lr=1e-5,3e-5
     example: launcher render runs/big cluster.nodes=4 --diff runs/big
     example: launcher render recipes/llama3.1-8b-fsdp2.yaml strategy=zero3 --explain
     """
@@ -63,11 +67,16 @@ def command(
 
     if against is not None and (explain or output is not None):
         raise UserError("--diff prints differences and nothing else: leave -o and --explain away.")
+    if sweep and (explain or against is not None):
+        raise UserError("--sweep: --diff and --explain are about one run. Give its values as KEY=VALUE instead.")
     if crds is not None:
         os.environ["LAUNCHER_CRD_DIR"] = crds
+    if sweep:
+        name, recipes = load_sweep(recipe, overrides, target, sweep)
+        _require_crds_are_read(crds, recipes[0])
+        return _sweep(name, recipes, output, as_json)
     loaded = load_for_target(recipe, overrides, target)
-    if crds is not None and loaded.cluster.target != "kubernetes":
-        raise UserError(f"--crds {crds}: only target kubernetes has CRDs, this job is for {loaded.cluster.target}.")
+    _require_crds_are_read(crds, loaded)
     plan = make_plan(loaded)
     spec, module = planned(job_spec(loaded, plan)), find(loaded.cluster.target)
     if against is not None:
@@ -94,12 +103,50 @@ def command(
     return EXIT_USER_ERROR if any(finding.state == "bad" for finding in findings) else EXIT_FINISHED
 
 
-def _print_whole(spec: JobSpec, rendered: Rendered, findings: Sequence[Finding]) -> None:
+def _require_crds_are_read(crds: str | None, recipe: Recipe) -> None:
+    if crds is not None and recipe.cluster.target != "kubernetes":
+        raise UserError(f"--crds {crds}: only target kubernetes has CRDs, this job is for {recipe.cluster.target}.")
+
+
+def _sweep(name: str, recipes: Sequence[Recipe], output: Path | None, as_json: bool) -> int:
+    """As `command` for one run; where each run is a job, its files lie in a folder of its name."""
+    from launcher.jobs.sweep import render_sweep
+
+    jobs = render_sweep(recipes, name=name, say=lambda text: click.echo(text, err=True))
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(output or scratch, job.folder) for job in jobs]
+        findings = [_written_and_validated(job, folder) for job, folder in zip(jobs, folders, strict=True)]
+    if as_json:
+        shown = [_sweep_object(job, found) for job, found in zip(jobs, findings, strict=True)]
+        click.echo(json.dumps({"sweep": name, "jobs": shown}, indent=2))
+    for job, folder, found in zip(jobs, folders, findings, strict=True) if not as_json else ():
+        if output is None:
+            _print_whole(job.spec, job.rendered, found, folder=job.folder)
+        else:
+            wrote = [f"wrote {_names(job.rendered.files)}", *_said(found)]
+            click.echo("\n".join([*wrote, f"(cd {folder} && {job.rendered.command})"]))
+    return EXIT_USER_ERROR if any(one.state == "bad" for found in findings for one in found) else EXIT_FINISHED
+
+
+def _written_and_validated(job: SweepJob, folder: Path) -> list[Finding]:
+    from launcher.jobs.targets import find
+
+    _write(folder, job.rendered.files)
+    return list(find(job.spec.cluster.target).validate(job.spec, job.rendered, folder))
+
+
+def _sweep_object(job: SweepJob, findings: Sequence[Finding]) -> dict[str, Any]:
+    return {"runs": list(job.runs), "folder": job.folder, **_object(job.spec, job.rendered, findings, {})}
+
+
+def _print_whole(spec: JobSpec, rendered: Rendered, findings: Sequence[Finding], *, folder: str = "") -> None:
+    """folder: the part of a sweep's files that are this job's"""
+    within, of = (f"{folder}/", f"{folder}: ") if folder else ("", "")
     for name, text in rendered.files.items():
-        click.echo(f"==> {name} <==\n{text}")
-    click.echo("\n".join(["==> environment <==", *_environment(spec), ""]))
-    click.echo("\n".join(["==> validation <==", *_said(findings), ""]))
-    click.echo(f"==> command <==\n{rendered.command}")
+        click.echo(f"==> {within}{name} <==\n{text}")
+    click.echo("\n".join([f"==> {of}environment <==", *_environment(spec), ""]))
+    click.echo("\n".join([f"==> {of}validation <==", *_said(findings), ""]))
+    click.echo(f"==> {of}command <==\n{rendered.command}" + ("\n" if folder else ""))
 
 
 def _environment(spec: JobSpec) -> Iterator[str]:

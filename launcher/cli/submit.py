@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli._common import load_for_target
+from launcher.cli._common import load_for_target, load_sweep
 
 if TYPE_CHECKING:
     from launcher.jobs.submit import Submitted
@@ -76,23 +76,27 @@ def _sweep(
     as_json: bool,
 ) -> int:
     from launcher.errors import UserError
-    from launcher.jobs.sweep import expand, parse, submit_sweep
-    from launcher.recipe.presets import recipe_file
+    from launcher.jobs.sweep import submit_sweep
 
     if wait:
         raise UserError("--wait: follows one job, not those of --sweep. Look with `launcher runs`.")
-    if recipe_file(recipe) is None and not recipe.endswith((".yaml", ".yml")):
-        raise UserError(f"--sweep: makes new runs from a recipe, and '{recipe}' is none.")
-    name, recipes = expand(lambda changes: load_for_target(recipe, changes, target), overrides, parse(texts))
+    name, recipes = load_sweep(recipe, overrides, target, texts)
     submitted = submit_sweep(recipes, name=name, force=force, say=lambda text: click.echo(text, err=as_json))
     if as_json:
         click.echo(json.dumps({"version": VERSION, "runs": [_object(one) for one in submitted]}, indent=2))
     else:
         for one in submitted:
             click.echo(f"submitted {one.job.run}: {one.job.target} job {one.job.id}")
+        for folder in dict.fromkeys(one.job.folder for one in submitted):
+            click.echo(f"  files:  {folder}")
         if submitted:
-            click.echo(f"  files:  {submitted[0].job.folder}\n  look:   launcher runs {submitted[0].job.run.parent}")
+            click.echo(f"  look:   launcher runs {_runs_folder(submitted[0])}".rstrip())
     return 0
+
+
+def _runs_folder(submitted: Submitted) -> str:
+    """What `launcher runs` is to list; empty where this machine does not see it."""
+    return str(submitted.job.run.parent) if submitted.place == submitted.job.run else ""
 
 
 def _object(submitted: Submitted) -> dict[str, object]:

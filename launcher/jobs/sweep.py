@@ -10,21 +10,23 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.errors import UserError
-from launcher.jobs import snapshot, submissions
+from launcher.errors import Problem, RecipeError, UserError
+from launcher.jobs import snapshot, submissions, targets
 from launcher.jobs.opening import open_run, owned, run_directory
 from launcher.jobs.preparation import agrees
-from launcher.jobs.spec import JobSpec, job_spec
+from launcher.jobs.spec import JobSpec, Rendered, bare_spec, job_spec
 from launcher.jobs.submit import Submitted, require_idle, require_valid, submit, undone_if_refused
 from launcher.plan import make_plan
 from launcher.recipe.schema import Recipe
 from launcher.run import provenance
 from launcher.run.state import reached_end
 
+Load = Callable[[Sequence[str]], Recipe]
 Say = Callable[[str], None]
 MOST = 1000  # runs; Slurm's default for the largest array is 1001
+_KEY = re.compile(r"\w+(\.[\w/-]+)*")
 _READABLE = re.compile(r"[A-Za-z0-9.+-]+")
-_LONGEST_NAME = 63  # so that every target takes it
+_LONGEST_NAME = 63  # to be read in a list; Kubernetes takes fewer characters
 _HERE = ("torchrun", "accelerate")  # these start a job on this machine at once
 
 
@@ -34,6 +36,20 @@ class Axis:
 
     key: str
     values: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepJob:
+    """One of the jobs that a sweep hands over, as text.
+
+    spec: of its first run; runs: names of all that it starts, an array's in the order of its elements
+    folder: where its files lie among those of the sweep; empty: they are all that there is
+    """
+
+    spec: JobSpec
+    rendered: Rendered
+    runs: tuple[str, ...]
+    folder: str
 
 
 def parse(texts: Sequence[str]) -> list[Axis]:
@@ -46,7 +62,7 @@ def parse(texts: Sequence[str]) -> list[Axis]:
     for text in texts:
         key, sign, rest = text.partition("=")
         values = tuple(_split(rest))
-        if not sign or not re.fullmatch(r"[\w.]+", key) or not all(values):
+        if not sign or not _KEY.fullmatch(key) or not all(values):
             raise UserError(f"--sweep {text}: expected KEY=VALUE,VALUE,... as optimizer.lr=1e-5,3e-5.")
         if len(set(values)) < len(values):
             raise UserError(f"--sweep {text}: expected each value once.")
@@ -72,32 +88,62 @@ def combinations(axes: Sequence[Axis]) -> list[list[str]]:
     ]
 
 
-def names(base: str, axes: Sequence[Axis]) -> list[str]:
-    """A name for each run: with its values, as base-lr-3e-5, or, where that reads badly, numbered from 0."""
+def names(base: str, axes: Sequence[Axis], *, longest: int = _LONGEST_NAME) -> list[str]:
+    """A name for each run: with its values, as base-lr-3e-5, or, where that reads badly, numbered from 0.
+
+    longest: characters that such a name may have
+    """
     chosen = [
         "-".join([base, *(word for change in changes for word in _words(change))]) for changes in combinations(axes)
     ]
     readable = all(_READABLE.fullmatch(value) for axis in axes for value in axis.values)
-    if readable and len(set(chosen)) == len(chosen) and max(map(len, chosen)) <= _LONGEST_NAME:
+    if readable and len(set(chosen)) == len(chosen) and max(map(len, chosen)) <= longest:
         return chosen
     return [f"{base}-{number}" for number in range(len(chosen))]
 
 
-def expand(
-    load: Callable[[Sequence[str]], Recipe], overrides: Sequence[str], axes: Sequence[Axis]
-) -> tuple[str, list[Recipe]]:
+def expand(load: Load, overrides: Sequence[str], axes: Sequence[Axis]) -> tuple[str, list[Recipe]]:
     """The sweep's name, which is what the run would be called without it, and a checked recipe for each run.
 
     load: overrides to a checked recipe
 
     Raises:
-        UserError: what `load` finds wrong with one of them.
+        UserError: a key is given by itself too.
+        RecipeError: everything that `load` finds wrong with any of them, at the --sweep that it comes from.
     """
-    changes = combinations(axes)
-    base = load([*overrides, *changes[0]]).run.name
+    for axis in axes:
+        if given := [override for override in overrides if override.partition("=")[0] == axis.key]:
+            raise UserError(f"--sweep: {axis.key} is given as {given[-1]} too. Leave one of them away.")
+    changes = [[*overrides, *change] for change in combinations(axes)]
+    try:
+        first = load(changes[0])
+    except RecipeError:
+        _load_all(load, changes, axes)  # says it of the other values too
+        raise
+    base = first.run.name
     assert base is not None
-    named = zip(changes, names(base, axes), strict=True)
-    return base, [load([*overrides, *change, f"run.name={name}"]) for change, name in named]
+    named = zip(changes, names(base, axes, longest=_longest_name(first)), strict=True)
+    return base, _load_all(load, [[*change, f"run.name={name}"] for change, name in named], axes)
+
+
+def render_sweep(recipes: Sequence[Recipe], *, name: str, say: Say) -> list[SweepJob]:
+    """The jobs that `submit_sweep` would hand over now; nothing is written.
+
+    Raises:
+        UserError: they cannot be submitted as a sweep.
+    """
+    target = _target(recipes)
+    left = [recipe for recipe in recipes if not _finished(recipe, say)]
+    if _are_array(left):
+        specs = _array_specs(left)
+        return [SweepJob(specs[0], _rendered_array(specs, name), tuple(spec.name for spec in specs), "")]
+    jobs = []
+    for recipe in left:
+        spec = snapshot.planned(job_spec(recipe, make_plan(recipe)))
+        spec = replace(spec, submission=submissions.next_number(submissions.place_for(spec)))
+        folder = "" if target == "slurm" else spec.name
+        jobs.append(SweepJob(spec, targets.find(target).render(spec), (spec.name,), folder))
+    return jobs
 
 
 def submit_sweep(recipes: Sequence[Recipe], *, name: str, force: bool, say: Say) -> list[Submitted]:
@@ -106,26 +152,105 @@ def submit_sweep(recipes: Sequence[Recipe], *, name: str, force: bool, say: Say)
     name: of the sweep
 
     Raises:
-        UserError: one of them is refused; on Slurm nothing is queued then.
+        UserError: one of them is refused. On Slurm nothing is queued then; elsewhere the text names what is.
     """
-    target = recipes[0].cluster.target
-    if target in _HERE:
+    _target(recipes)
+    left = [recipe for recipe in recipes if not _finished(recipe, say)]
+    if _are_array(left):
+        return _submit_array(left, name=name, force=force, say=say)
+    for recipe in left:  # before the first of them is handed over
+        require_idle(run_directory(recipe), submissions.place_for(bare_spec(recipe)))
+    found: list[Submitted] = []
+    for recipe in left:
+        try:
+            one = submit(recipe, force=force, say=say)
+        except UserError as error:
+            raise UserError(f"{recipe.run.name}: {error}{_and_before(found)}") from None
+        if one is not None:
+            found.append(one)
+    return found
+
+
+def _and_before(submitted: Sequence[Submitted]) -> str:
+    """What is queued when a later run of the sweep is refused."""
+    if not submitted:
+        return ""
+    jobs = [f"  {one.job.run.name}: {one.job.target} job {one.job.id}" for one in submitted]
+    return "\n".join(["\nSubmitted before it, and left so; launcher cancel NAME ends one:", *jobs])
+
+
+def _target(recipes: Sequence[Recipe]) -> str:
+    """The target of all; UserError where there is none that queues jobs."""
+    wanted = sorted({recipe.cluster.target for recipe in recipes})
+    if here := [target for target in wanted if target in _HERE]:
         raise UserError(
-            f"--sweep: target {target} starts its job on this machine at once, and {len(recipes)} would share its "
+            f"--sweep: target {here[0]} starts its job on this machine at once, and {len(recipes)} would share its "
             "devices. Use --target slurm, ray or kubernetes, or launcher run, one after the other."
         )
-    if target != "slurm":
-        return [one for recipe in recipes if (one := submit(recipe, force=force, say=say)) is not None]
-    return _submit_array([recipe for recipe in recipes if not _finished(recipe, say)], name=name, force=force, say=say)
+    if len(wanted) > 1:
+        raise UserError(
+            f"--sweep: runs for {' and '.join(wanted)}: expected one target for all. Choose it by --target."
+        )
+    return wanted[0]
+
+
+def _are_array(recipes: Sequence[Recipe]) -> bool:
+    """Whether one array job starts them: Slurm's way; a run that is alone, or left alone, is a job like others."""
+    return len(recipes) > 1 and recipes[0].cluster.target == "slurm"
+
+
+def _array_specs(recipes: Sequence[Recipe]) -> list[JobSpec]:
+    specs = [job_spec(recipe, make_plan(recipe)) for recipe in recipes]
+    code = snapshot.planned(specs[0]).code  # one copy for all
+    return [replace(spec, code=code) for spec in specs]
+
+
+def _rendered_array(specs: Sequence[JobSpec], name: str) -> Rendered:
+    from launcher.jobs.targets import slurm
+
+    return slurm.render_sweep(specs, name=name)
+
+
+def _load_all(load: Load, changes: Sequence[Sequence[str]], axes: Sequence[Axis]) -> list[Recipe]:
+    """The recipes of a sweep; RecipeError with what is wrong with any of them, each problem once."""
+    recipes: list[Recipe] = []
+    problems: dict[str, Problem] = {}
+    source = ""
+    for overrides in changes:
+        try:
+            recipes.append(load(overrides))
+        except RecipeError as error:
+            source = error.source
+            problems |= {str(problem): problem for problem in (_at_sweep(p, axes, overrides) for p in error.problems)}
+    if problems:
+        raise RecipeError(problems.values(), source)
+    return recipes
+
+
+def _at_sweep(problem: Problem, axes: Sequence[Axis], overrides: Sequence[str]) -> Problem:
+    """The problem with the option in its place that a person has written, where `overrides` come from that."""
+    kind, _, argument = problem.where.partition(" ")
+    if kind != "argument":
+        return problem
+    if argument == overrides[-1] and argument.startswith("run.name="):
+        return replace(problem, where="--sweep")
+    if argument.partition("=")[0] in [axis.key for axis in axes]:
+        return replace(problem, where=f"--sweep {argument}")
+    return problem
+
+
+def _longest_name(recipe: Recipe) -> int:
+    if recipe.cluster.target != "kubernetes":
+        return _LONGEST_NAME
+    from launcher.jobs.targets.kubernetes_parts import longest_run_name
+
+    return longest_run_name(bare_spec(recipe))
 
 
 def _submit_array(recipes: Sequence[Recipe], *, name: str, force: bool, say: Say) -> list[Submitted]:
     from launcher.jobs.targets import slurm
 
-    if not recipes:
-        return []
-    specs = [job_spec(recipe, make_plan(recipe)) for recipe in recipes]
-    code = snapshot.planned(specs[0]).code  # one copy for all
+    specs = _array_specs(recipes)
     places = [submissions.place_for(spec) for spec in specs]
     with ExitStack() as stack:
         for recipe, place in zip(recipes, places, strict=True):
@@ -135,11 +260,7 @@ def _submit_array(recipes: Sequence[Recipe], *, name: str, force: bool, say: Say
             require_idle(run, place)
             with owned(run):
                 open_run(run, recipe, make_plan(recipe), force=force, say=say)
-        specs = [
-            replace(spec, code=code, submission=submissions.next_number(place))
-            for spec, place in zip(specs, places, strict=True)
-        ]
-        rendered = slurm.render_sweep(specs, name=name)
+        rendered = _rendered_array(specs, name)
         with _folder(Path(specs[0].run).parent / f"{name}.sweep") as folder:
             for file, text in rendered.files.items():
                 (folder / file).write_text(text)

@@ -262,6 +262,25 @@ def test_a_finished_run_is_not_submitted_again_and_that_is_no_mistake(here, call
     assert fake.called == []
 
 
+def test_a_sweep_on_ray_is_a_job_for_each_run_as_render_shows_them(here, call):
+    sweep = ("demo.yaml", "--target", "ray", "cluster.ray.address=http://head:8265", "--sweep", "train.seed=1,2")
+    shown = json.loads(call("render", *sweep, "--json")[1])["jobs"]
+    assert [(job["folder"], job["files"]["job.txt"]) for job in shown] == [
+        (name, f"{name}, number 1\n") for name in ("demo-seed-1", "demo-seed-2")
+    ]
+    code, out, _ = call("submit", *sweep)
+    assert code == 0
+    kept = here / "state" / "launcher" / "runs"
+    assert out.splitlines() == [
+        *(f"submitted {here}/runs/demo-seed-{seed}: ray job j1" for seed in (1, 2)),
+        *(f"  files:  {kept}/demo-seed-{seed}/job/submission-1" for seed in (1, 2)),
+        "  look:   launcher runs",
+    ]
+    for job in shown:
+        folder = kept / job["folder"] / "job" / "submission-1"
+        assert {name: (folder / name).read_text() for name in job["files"]} == job["files"]
+
+
 def test_cancel_ends_a_queued_job_and_leaves_the_word_for_one_that_starts(here, call):
     call("submit", "demo.yaml")
     said("queued", "Priority")

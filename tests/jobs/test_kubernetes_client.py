@@ -497,12 +497,87 @@ def test_submit_status_logs_and_cancel_from_a_machine_that_does_not_see_the_run(
     assert (KINDS[kind].plural, "team-a", "big-2") in api.objects
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a recipe for the server."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+SWEEP = ("recipe.yaml", "--sweep", "optimizer.lr=1e-5,3e-5")
+SWEPT = ("big-lr-1e-5", "big-lr-3e-5")
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_sweep_is_a_job_for_each_run_as_render_shows_them(api: ApiServer, here: Path, capsys, kind: str):
+    arguments = [*SWEEP, f"cluster.kubernetes.kind={kind}"]
+    code, said = launcher(capsys, "render", *arguments, "--json")
+    shown = json.loads(said)["jobs"]
+    assert (code, [(job["runs"], job["folder"]) for job in shown]) == (0, [([name], name) for name in SWEPT])
+    code, said = launcher(capsys, "render", *arguments, "-o", "jobs")
+    assert code == 0, said
+    assert [line for line in said.splitlines() if line.startswith("(")] == [
+        f"(cd jobs/{name} && kubectl create -f job.yaml)" for name in SWEPT
+    ]
+    assert not [request for request in api.asked if request.startswith("POST")]
+
+    code, said = launcher(capsys, "submit", *arguments, "--json")
+    assert code == 0, said
+    submitted = json.loads(said)["runs"]
+    assert [(one["run"], one["id"]) for one in submitted] == [(name, f"{name}-1") for name in SWEPT]
+    for one, job in zip(submitted, shown, strict=True):
+        assert (KINDS[kind].plural, "team-a", one["id"]) in api.objects
+        for folder in (Path(one["folder"]), here / "jobs" / one["run"]):
+            assert {file: (folder / file).read_text() for file in job["files"]} == job["files"]
+        config = api.objects["configmaps", "team-a", one["id"]]["data"]["recipe.yaml"]
+        assert json.loads(config.partition("\n")[2])["optimizer"]["lr"] == float(one["run"].removeprefix("big-lr-"))
+
+
+def test_a_sweep_prints_every_file_of_every_job(api: ApiServer, here: Path, capsys):
+    _, said = launcher(capsys, "render", *SWEEP)
+    for name in SWEPT:
+        for part in ("/recipe.yaml", "/job.yaml", ": environment", ": validation", ": command"):
+            assert f"==> {name}{part} <==\n" in said
+
+
+def test_a_sweep_with_a_run_that_is_queued_hands_nothing_over(api: ApiServer, here: Path, capsys):
+    launcher(capsys, "submit", "recipe.yaml", "run.name=big-lr-3e-5", "optimizer.lr=3e-5")
+    before = dict(api.objects)
+    code, said = launcher(capsys, "submit", *SWEEP)
+    assert (code, "big-lr-3e-5 is submitted already: kubernetes job big-lr-3e-5-1 is" in said) == (2, True), said
+    assert api.objects == before
+
+
+def test_a_sweep_that_is_refused_on_its_way_names_what_is_queued(api: ApiServer, here: Path, capsys):
+    put = api.put("jobsets", {"metadata": {"name": "big-lr-3e-5-1"}})  # somebody else's
+    code, said = launcher(capsys, "submit", *SWEEP)
+    assert code == 2
+    assert said.startswith("big-lr-3e-5: ")
+    assert said.endswith(
+        "\nSubmitted before it, and left so; launcher cancel NAME ends one:\n"
+        "  big-lr-1e-5: kubernetes job big-lr-1e-5-1\n"
+    )
+    assert api.objects["jobsets", "team-a", "big-lr-3e-5-1"] is put
+    assert not (here / "state/launcher/runs/big-lr-3e-5").exists()
+    assert launcher(capsys, "cancel", "big-lr-1e-5")[0] == 0
+
+
+def test_the_names_of_a_sweep_are_such_as_kubernetes_takes(here: Path, capsys):
+    code, said = launcher(capsys, "render", *SWEEP, f"run.name={'x' * 40}", "--json")
+    assert code == 0, said
+    assert [job["folder"] for job in json.loads(said)["jobs"]] == [f"{'x' * 40}-0", f"{'x' * 40}-1"]
+
+
 def test_crds_are_for_target_kubernetes_alone(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(CRD_DIR, "elsewhere")  # --crds comes before it
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     where = ["render", "recipe.yaml", "cluster.target=torchrun", "run.dir=runs", "--crds", "crds"]
     code, said = launcher(capsys, *where)
+    assert (code, said) == (2, "--crds crds: only target kubernetes has CRDs, this job is for torchrun.\n")
+    code, said = launcher(capsys, *where, "--sweep", "train.seed=1,2")
     assert (code, said) == (2, "--crds crds: only target kubernetes has CRDs, this job is for torchrun.\n")
     code, said = launcher(capsys, "render", "recipe.yaml", "--crds", "crds")
     assert (code, said) == (2, "--crds crds: expected a folder with CustomResourceDefinitions (LAUNCHER_CRD_DIR).\n")

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cli import main as cli
 from launcher.errors import RecipeError, UserError
 from launcher.jobs._slurm import PRESETS, RECIPE, SWEEPS, files, main, overrides
 from launcher.jobs.spec import bare_spec
 from launcher.jobs.targets import slurm
+from launcher.jobs.targets.slurm_script import FILE
 from launcher.recipe.check import load
 from launcher.run.control import request_stop
 from launcher.run.directory import RunDirectory
@@ -286,6 +288,17 @@ def rendered() -> dict[str, str]:
 @pytest.mark.parametrize("script", PRESETS)
 def test_a_shipped_script_is_byte_for_byte_what_render_gives(script, rendered):
     assert (SLURM / f"{script}.sbatch").read_text() == rendered[f"{script}.sbatch"]
+
+
+@pytest.mark.parametrize("script", ["multi-node", "array"])
+def test_the_command_of_the_page_makes_it(script, tmp_path):
+    sweep = ["--sweep", SWEEPS[script]] if script in SWEEPS else []
+    command = ["render", RECIPE.removesuffix(".yaml"), *overrides(script), *sweep, "-o", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        cli(command)
+    assert (tmp_path / FILE).read_bytes() == (SLURM / f"{script}.sbatch").read_bytes()
+    recipes = [f"recipe-{number}.yaml" for number in range(3)] if sweep else ["recipe.yaml"]
+    assert sorted(path.name for path in tmp_path.glob("recipe*")) == recipes
 
 
 def test_there_is_no_other_script_and_the_page_names_each(rendered, tmp_path):

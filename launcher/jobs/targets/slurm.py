@@ -102,7 +102,7 @@ def render(spec: JobSpec) -> Rendered:
 
 
 def render_sweep(specs: Sequence[JobSpec], *, name: str) -> Rendered:
-    """`job.sbatch` as one array job; the files of element I carry `-I`, as recipe-0.yaml.
+    """`job.sbatch` as one array job of two runs or more; the files of element I carry `-I`, as recipe-0.yaml.
 
     Raises:
         UserError: the runs do not ask for the same of Slurm.
@@ -168,10 +168,9 @@ def submit_sweep(specs: Sequence[JobSpec], rendered: Rendered, folder: Path) -> 
         UserError: as `submit`.
     """
     job_id, more = _submit(specs[0], folder)
-    ids = [job_id] if len(specs) == 1 else [f"{job_id}_{number}" for number in range(len(specs))]
     return [
-        Job(target="slurm", id=one, folder=folder, run=Path(spec.run), more=more)
-        for one, spec in zip(ids, specs, strict=True)
+        Job(target="slurm", id=f"{job_id}_{number}", folder=folder, run=Path(spec.run), more=more)
+        for number, spec in enumerate(specs)
     ]
 
 
