@@ -95,9 +95,9 @@ def _run(spec: JobSpec, k8s: Kubernetes) -> Iterator[Problem]:
             because=(f"{KEY}.mount",),
         )  # fmt: skip
     elif not _PATH.fullmatch(folder):
-        yield Problem("run.dir", folder, "a path of letters a-z, A-Z, digits and . _ / @ + = , : -")
+        yield Problem("run.dir", folder, "a path of letters, digits and . _ / @ + = , : - (letters of a-z)")
     elif not _PATH.fullmatch(spec.name):
-        yield Problem("run.name", spec.name, "a name of letters a-z, A-Z, digits and . _ @ + = , : -")
+        yield Problem("run.name", spec.name, "a name of letters, digits and . _ @ + = , : - (letters of a-z)")
 
 
 def below(path: str, mount: str) -> bool:
