@@ -11,6 +11,8 @@ import click
 from launcher.cli._common import RUNS_DIR, clock, columns, job_line, progress
 from launcher.errors import UserError
 
+_LONGEST_CELL = 100
+
 
 @click.command("runs")
 @click.argument("folder", metavar="[DIR]", default=RUNS_DIR)
@@ -51,5 +53,11 @@ def _row(summary: dict[str, Any]) -> tuple[str, ...]:
         "-" if loss is None else f"{loss:.4f}",
         str(summary["attempt"]),
         clock(summary["updated"]),
-        job_line(summary["job"]),
+        _cut(job_line(summary["job"])),
     )
+
+
+def _cut(text: str) -> str:
+    """A cell; `launcher status` says the whole of it."""
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_CELL else f"{text[: _LONGEST_CELL - 3]}..."

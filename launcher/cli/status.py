@@ -39,9 +39,12 @@ def _history(summary: dict[str, Any]) -> Iterator[str]:
         yield f"{summary['run']}: no attempt yet; {_job(summary) or 'nothing was submitted'}"
         return
     heading = (
-        "attempt", "started", "job", "restart", "nodes", "steps", "lasted", "ended", "verdict", "why",
+        "attempt", "started", "reason", "job", "restart", "nodes", "steps", "lasted", "ended", "verdict", "why",
     )  # fmt: skip
-    yield columns([heading, *(_past(attempt, attempt is summary["attempts"][-1]) for attempt in summary["attempts"])])
+    rows = [_past(attempt, attempt is summary["attempts"][-1]) for attempt in summary["attempts"]]
+    yield columns([heading, *rows])
+    if left := _left_alone(summary):
+        yield left
 
 
 def _past(attempt: dict[str, Any], latest: bool) -> tuple[str, ...]:
@@ -49,11 +52,10 @@ def _past(attempt: dict[str, Any], latest: bool) -> tuple[str, ...]:
     job = " ".join(str(attempt[key]) for key in ("target", "job_id") if attempt[key])
     last = "?" if attempt["last_step"] is None else attempt["last_step"]
     ended = end.get("class") or ("-" if latest else "no word")
-    why = end.get("why") or (f"started: {attempt['reason']}" if latest and not end else "")
     return (
-        str(attempt["number"]), clock(attempt["time"]), job or "-", _or_dash(attempt["restart"]),
-        _nodes(attempt["nodes"]), f"{attempt['first_step']} -> {last}", _lasted(attempt["time"], end.get("time")),
-        ended, end.get("verdict") or "-", why or "-",
+        str(attempt["number"]), clock(attempt["time"]), attempt["reason"] or "-", job or "-",
+        _or_dash(attempt["restart"]), _nodes(attempt["nodes"]), f"{attempt['first_step']} -> {last}",
+        _lasted(attempt["time"], end.get("time")), ended, end.get("verdict") or "-", end.get("why") or "-",
     )  # fmt: skip
 
 
@@ -105,16 +107,28 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
 def _remark(summary: dict[str, Any]) -> str:
     from launcher.jobs.job import ACTIVE
 
-    owner = summary["owner"]
-    if summary["status"] == "interrupted" and (summary["job"] or {}).get("state") in ACTIVE:
-        return "its last start is gone without a last word; its job is still to run"
+    owner, job = summary["owner"], (summary["job"] or {}).get("state")
+    if summary["status"] == "interrupted" and job in ACTIVE:
+        left = "still runs" if job == "running" else "is still to run"
+        return f"its last start is gone without a last word; its job {left}"
     if summary["status"] == "interrupted":
         return f"its launcher is gone without a last word; `launcher resume {summary['path']}` goes on"
     if summary["status"] == "unknown":
         return f"its launcher, pid {owner['pid']}, cannot be seen from here; ask on {owner['host']}"
     if owner and owner["alive"]:
         return f"on {owner['host']}, pid {owner['pid']}"
-    return ""
+    return _left_alone(summary)
+
+
+def _left_alone(summary: dict[str, Any]) -> str:
+    """Said of a run that could go on, but whose job is over, as after `scancel`, and whatever its verdict was."""
+    from launcher.jobs.job import OVER
+
+    job = summary["job"]
+    if summary["status"] != "preempted" or job is None or job["state"] not in OVER or summary["verdict"] == "stop":
+        return ""
+    gone = f"its {job['target']} job {job['id']} is over ({job['state']})"
+    return f"{gone}: nothing starts it again; `launcher submit {summary['path']}` goes on"
 
 
 def _attempt(attempt: dict[str, Any]) -> tuple[str, ...]:

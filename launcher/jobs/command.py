@@ -23,6 +23,7 @@ from launcher.jobs.console import Console
 from launcher.jobs.ending import Ending, judge
 from launcher.jobs.environment import evaluate_setup, require_train_extra, require_variables
 from launcher.jobs.opening import open_run, owned
+from launcher.jobs.place import start_reason
 from launcher.jobs.preparation import is_prepared
 from launcher.jobs.signals import Signals
 from launcher.jobs.spec import stop_after_s
@@ -57,7 +58,7 @@ def watch_over(
         with owned(run, submission, console.say):
             with written(run):
                 open_run(run, recipe, plan, force=False, say=console.say)
-                attempt = begin(run, recipe, plan, reason="worker", submission=submission)
+                attempt = begin(run, recipe, plan, reason=start_reason(submission), submission=submission)
             if (ending := restart.refusal(run, attempt)) is None:
                 if not is_prepared(run, recipe):
                     warm.start(recipe.strategy.kind, "cpu")

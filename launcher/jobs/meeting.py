@@ -18,7 +18,7 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.jobs.agent import Node
 from launcher.jobs.ending import Ending
-from launcher.jobs.rendezvous import address
+from launcher.jobs.rendezvous import address, taken
 from launcher.jobs.signals import Signals
 
 BEAT_S = 2.0
@@ -29,6 +29,8 @@ _POLL_S = 0.05
 _LAST_WORDS_S = 25.0  # for a node whose ranks are being ended to say how
 _VERDICT_S = 20.0
 _SAY_EVERY_S = 60.0
+_TWIN_S = 3.0  # for another node 0 to answer
+_SLACK_S = 2.0  # behind a time limit of torch's own, which a listener that says nothing may outlast
 
 Say = Callable[[str], None]
 
@@ -276,13 +278,23 @@ class Meeting:
 
 
 def host(node: Node, signals: Signals) -> Meeting:
-    """Node 0: make the store that all nodes of the attempt share; its port was found free."""
+    """Node 0: make the store that all nodes of the attempt share; its port was found free.
+
+    Raises:
+        UserError: somebody has taken the port meanwhile, as another node 0 that was started at the same moment.
+    """
     assert node.rendezvous is not None
     name, port = address(node.rendezvous, name="--rendezvous")
     _quiet_torch()
-    from torch.distributed import TCPStore
+    from torch.distributed import DistNetworkError, TCPStore
 
-    return Meeting(TCPStore(name, port, is_master=True, wait_for_workers=False), node, signals)
+    try:
+        store = TCPStore(name, port, is_master=True, wait_for_workers=False)
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise taken(node.rendezvous, name="--rendezvous") from None
+    return Meeting(store, node, signals)
 
 
 def join(node: Node, signals: Signals, say: Say) -> Meeting:
@@ -305,18 +317,19 @@ def join(node: Node, signals: Signals, say: Say) -> Meeting:
 
 
 def twice_node_0(node: Node) -> str | None:
-    """Told to the node 0 that listens at the rendezvous, and here: there are two; None if nobody listens there."""
+    """Told to the node 0 that listens at the rendezvous, and here: there are two; None if none answers at once."""
     assert node.rendezvous is not None
     name, port = address(node.rendezvous, name="--rendezvous")
     if _listens(name, port) is not None:
         return None
+    _quiet_torch()
     try:
-        store = _connected(name, port, None)
+        store = _connected(name, port, None, wait_s=_TWIN_S)
         if not store.check([_key("node", 0)]):
             return None
         problem = _twice(0, json.loads(store.get(_key("node", 0)))[0])
         store.set(_key("problem"), problem)
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, Away):
         return None
     return problem
 
@@ -359,21 +372,24 @@ def _listens(name: str, port: int) -> OSError | None:
         return error
 
 
-def _connected(name: str, port: int, signals: Signals | None) -> Any:
-    """A client of the store; a listener that is no store is not waited for longer than a minute."""
+def _connected(name: str, port: int, signals: Signals | None, *, wait_s: float = 60.0) -> Any:
+    """A client of the store; a listener that is no store is not waited for longer than that."""
     got: list[Any] = []
 
     def connect() -> None:
         from torch.distributed import TCPStore
 
         try:
-            wait = timedelta(seconds=60)
+            wait = timedelta(seconds=wait_s)
             got.append(TCPStore(name, port, is_master=False, wait_for_workers=False, timeout=wait))
         except Exception as error:
             got.append(error)
 
     threading.Thread(target=connect, name="join", daemon=True).start()
+    given_up = time.monotonic() + wait_s + _SLACK_S
     while not got:
+        if time.monotonic() >= given_up:
+            raise Away(f"what listens at {name}:{port} does not answer as node 0")
         if signals is not None and signals.stop is not None:
             raise Stopped(f"{signals.stop} while waiting for node 0")
         time.sleep(_POLL_S)

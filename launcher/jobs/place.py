@@ -1,6 +1,6 @@
 """Where this process stands in a job: how many nodes, which one this is, where they meet, and which job it is.
 
-Options come first, then LAUNCHER_* variables (read by the command line), then what a scheduler has set.
+Options come first, then LAUNCHER_* variables, then what a scheduler has set.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def find_place(
     command: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> Place:
-    """The place that options give, completed by what a scheduler has set.
+    """The place that options give, completed by LAUNCHER_* variables and by what a scheduler has set.
 
     rendezvous: HOST:PORT, `auto` or None, which asks the scheduler where there is one
     command: this process only watches over a command that starts every rank; it has no other nodes to meet
@@ -53,6 +53,10 @@ def find_place(
         UserError: `auto` and no scheduler's variables are here, or they tell of a start that cannot work.
     """
     environment = os.environ if environment is None else environment
+    if nodes != 1:
+        nodes = _number(environment, "LAUNCHER_NODES") if nodes is None else nodes
+        node_rank = _number(environment, "LAUNCHER_NODE_RANK") if node_rank is None else node_rank
+        rendezvous = rendezvous or environment.get("LAUNCHER_RENDEZVOUS") or None
     may_come = environment.get("LAUNCHER_TARGET") == "kubernetes" or "KUBERNETES_SERVICE_HOST" in environment
     given = Place(
         nodes=nodes, rank=node_rank, rendezvous=None if rendezvous == AUTO else rendezvous, names_may_come=may_come
@@ -81,6 +85,8 @@ def settled(place: Place, nodes: int) -> tuple[int, str | None]:
     Raises:
         UserError: something is missing or out of range.
     """
+    if nodes == 1 and not place.source:
+        _require_alone(place)
     if nodes == 1 and place.rank is None:
         return 0, None
     if place.rank is None:
@@ -104,6 +110,25 @@ def settled(place: Place, nodes: int) -> tuple[int, str | None]:
     return place.rank, place.rendezvous
 
 
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name) or None
+    if text is not None and not text.isdecimal():
+        raise UserError(f"{name} = {text}: expected a number.")
+    return None if text is None else int(text)
+
+
+def _require_alone(place: Place) -> None:
+    """Raises UserError where a job of one node was given a place among several; `--nodes 1 --node-rank 0` is none."""
+    given = [f"--node-rank {place.rank}"] if place.rank is not None and place.nodes is None else []
+    given += [f"--rendezvous {place.rendezvous}"] if place.rendezvous is not None else []
+    if given:
+        count = "cluster.nodes = 1" if place.nodes is None else "--nodes 1"
+        raise UserError(
+            f"{' '.join(given)}: expected --nodes 2 or more, the same on every node, because this job has one node "
+            f"({count}). To train on this machine alone leave {'it' if len(given) == 1 else 'both'} out."
+        )
+
+
 def find_submission(environment: Mapping[str, str] | None = None) -> Submission | None:
     """Which start of which job this is, from LAUNCHER_TARGET, LAUNCHER_JOB_ID, LAUNCHER_JOB_RESTART or Slurm's own.
 
@@ -122,6 +147,15 @@ def find_submission(environment: Mapping[str, str] | None = None) -> Submission 
             job_id = f"{array}_{task}"
         return Submission(target="slurm", job_id=job_id, restart=int(get("SLURM_RESTART_COUNT") or 0))
     return None
+
+
+def start_reason(submission: Submission | None) -> str:
+    """Why a worker's attempt starts, as the ledger tells people."""
+    if submission is None:
+        return "by hand"
+    if submission.restart == 0:
+        return "submitted"
+    return "requeued" if submission.target == "slurm" else "restarted"
 
 
 def first_host(nodelist: str) -> str:

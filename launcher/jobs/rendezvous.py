@@ -8,6 +8,8 @@ import time
 
 from launcher.errors import UserError
 
+_TAKEN = "is taken on this machine"
+
 
 def address(text: str | None, *, name: str) -> tuple[str, int]:
     """Host and port of `text`; `name` is where it was given, as `--rendezvous`.
@@ -30,12 +32,19 @@ def require_free_port(port: int, *, name: str, wait_s: float = 0.0) -> None:
         time.sleep(0.2)
 
 
+def taken(endpoint: str, *, name: str) -> UserError:
+    """Said where somebody else listens already; on node 0 that is mostly a second start of it."""
+    port = address(endpoint, name=name)[1]
+    return UserError(
+        f"{name} {endpoint}: port {port} {_TAKEN}. Is another node 0 running here? Else choose another port."
+    )
+
+
 def _problem(port: int) -> str | None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            return "is taken on this machine" if taken else f"cannot be listened on ({error.strerror})"
+            return _TAKEN if error.errno == errno.EADDRINUSE else f"cannot be listened on ({error.strerror})"
     return None

@@ -83,6 +83,8 @@ def by_class(ending: Ending, limits: Restart, starts: Sequence[Start] = (), *, b
     if kind == "preemption":
         at = "before its first step" if ending.step is None else f"with a checkpoint of step {ending.step}"
         return Decision("requeue", f"preemption: stopped {at}")
+    if by_hand:
+        return Decision("requeue", f"{kind}: another start may pass; started by hand, so a person makes it")
     return Decision("requeue", f"{kind}: restart {len(_of_class(starts, kind))} of {getattr(limits, kind)}")
 
 

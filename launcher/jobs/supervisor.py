@@ -35,7 +35,7 @@ from launcher.run.control import clear_stop, read_outcomes, request_stop, write_
 from launcher.run.directory import RunDirectory
 from launcher.run.files import read_json
 from launcher.run.lease import Submission
-from launcher.run.ledger import end_attempt, start_attempt
+from launcher.run.ledger import Attempt, attempts, end_attempt, start_attempt
 from launcher.run.provenance import record_beside, recorded
 from launcher.run.reserve import give_up, insist, keep_back
 from launcher.run.state import StaleAttempt, reached_end, write_state
@@ -315,10 +315,10 @@ def tell(run: RunDirectory, attempt: int, ending: Ending, console: Console) -> N
     if ending.status == "finished":
         console.say(f"finished{step}: {run.path}")
     elif ending.status == "cancelled":
-        console.say(f"cancelled{step}. Go on with: launcher resume {run.path}")
+        console.say(f"cancelled{step}. {_how_to_go_on(run, attempt)}")
     elif ending.status == "preempted":
         why = f" ({ending.message})" if ending.message else ""
-        console.say(f"stopped{step}{why}. Go on with: launcher resume {run.path}")
+        console.say(f"stopped{step}{why}. {_how_to_go_on(run, attempt)}")
     else:
         if ending.traceback and not (ending.rank == 0 and console.streams_log):
             console.say(ending.traceback.rstrip())
@@ -328,7 +328,24 @@ def tell(run: RunDirectory, attempt: int, ending: Ending, console: Console) -> N
             console.say(f"what to do: {advice}")
         if ending.verdict is not None and not ending.for_good:
             console.say(f"verdict: {ending.verdict} ({ending.why})")
+        if ending.verdict == "requeue" and _by_hand(run, attempt) is not None:
+            console.say(f"nothing starts it again by itself. {_how_to_go_on(run, attempt)}")
         console.say(f"logs: launcher logs {run.path}, files in {run.path / 'logs' / f'attempt-{attempt}'}")
+
+
+def _by_hand(run: RunDirectory, number: int) -> Attempt | None:
+    """The attempt, if a person started it, so that nothing starts it again."""
+    with contextlib.suppress(OSError):
+        made = (attempt for attempt in attempts(run) if attempt.number == number)
+        return next((attempt for attempt in made if attempt.target == restart.BY_HAND), None)
+    return None
+
+
+def _how_to_go_on(run: RunDirectory, number: int) -> str:
+    by_hand = _by_hand(run, number)
+    if by_hand is not None and isinstance(by_hand.nodes, int):
+        return "To go on, start every node again, each with its command."
+    return f"Go on with: launcher resume {run.path}"
 
 
 def _import_agent() -> None:

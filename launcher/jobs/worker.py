@@ -17,7 +17,7 @@ from launcher.jobs.console import Console
 from launcher.jobs.ending import Ending
 from launcher.jobs.meeting import Away, Meeting, Stopped
 from launcher.jobs.opening import discard_if_fresh, open_run, owned, run_directory, stored_recipe
-from launcher.jobs.place import Place, find_place, find_submission, settled
+from launcher.jobs.place import Place, find_place, find_submission, settled, start_reason
 from launcher.jobs.rendezvous import address, require_free_port
 from launcher.jobs.signals import Signals
 from launcher.jobs.supervisor import (
@@ -111,7 +111,8 @@ def _work(
     else:
         again = submission is not None and submission.restart > 0
         node = find_node(recipe, place, console.say, port_wait_s=_OLD_COPY_S if again else 0.0)
-        ending = take_part(Part(run=run, recipe=recipe, node=node, submission=submission, reason="worker"), console)
+        reason = start_reason(submission)
+        ending = take_part(Part(run=run, recipe=recipe, node=node, submission=submission, reason=reason), console)
     return EXIT_FINISHED if ending is None else ending.worker_exit_code
 
 

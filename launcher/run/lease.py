@@ -26,7 +26,7 @@ from launcher.errors import UserError
 from launcher.run.directory import RunDirectory
 from launcher.run.files import sync_folder
 from launcher.run.ledger import latest_attempt, ledger_lock
-from launcher.run.processes import boot_id, lives, start_of
+from launcher.run.processes import boot_id, lives, pid_namespace, start_of
 
 HEARTBEAT_S = 5.0
 WATCH_S = 20.0  # four heartbeats
@@ -55,7 +55,8 @@ class Submission:
 class Owner:
     """Who holds a lease.
 
-    boot_id: of the running kernel; pid and pid_start mean something only under the same one
+    boot_id, pid_namespace: of the running kernel and within it; pid and pid_start mean something only under the same
+        ones (pid_namespace empty: written by an older launcher)
     pid_start: when the process started, clock ticks since boot; tells it from a later one with the same pid
     token: unlike for every holding
     heartbeat: grows while the owner lives
@@ -75,6 +76,7 @@ class Owner:
     target: str = ""
     job_id: str = ""
     restart: int = 0
+    pid_namespace: str = ""
 
     def __str__(self) -> str:
         return f"host {self.host}, pid {self.pid}"
@@ -198,13 +200,13 @@ def current_owner(run: RunDirectory) -> tuple[Owner | None, bool | None]:
         owner = _read(handle)
         if owner is None or owner.released:
             return owner, False
-        if _same_kernel(owner):
+        if _seen_from_here(owner):
             return owner, lives(owner.pid, owner.pid_start)
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return owner, True
-        return owner, None
+        return owner, False if _same_kernel(owner) else None
     finally:
         os.close(handle)
 
@@ -296,7 +298,7 @@ def _refuse_if_alive(
 
 def _held_by(run: RunDirectory, owner: Owner | None) -> LeaseHeld:
     attempt = latest_attempt(run)
-    if owner is None or owner.released or (_same_kernel(owner) and not _lives_here(owner)):
+    if owner is None or owner.released or (_seen_from_here(owner) and not _lives_here(owner)):
         who = "a process that has not signed for it"
         fix = f"See `fuser {run.control / 'lease'}`; end that process and start again."
         return LeaseHeld(f"{run.path} is locked by {who}. {fix}", owner)
@@ -332,17 +334,24 @@ def _close_held() -> None:
 def _this_process(submission: Submission | None) -> Owner:
     return Owner(
         host=socket.gethostname(), boot_id=boot_id(), pid=os.getpid(), pid_start=start_of(os.getpid()),
-        token=uuid.uuid4().hex, since=time.time(), **(asdict(submission) if submission else {}),
+        token=uuid.uuid4().hex, since=time.time(), pid_namespace=pid_namespace(),
+        **(asdict(submission) if submission else {}),
     )  # fmt: skip
 
 
 def _same_kernel(owner: Owner) -> bool:
+    """Whether the owner's locks are seen here."""
     return owner.boot_id == boot_id() and (bool(owner.boot_id) or owner.host == socket.gethostname())
 
 
+def _seen_from_here(owner: Owner) -> bool:
+    """Whether the owner's pid means the same process here."""
+    return _same_kernel(owner) and owner.pid_namespace in ("", pid_namespace())
+
+
 def _lives_here(owner: Owner | None) -> bool:
-    """Whether the one who signed is a live process of this kernel and has not given the lease back."""
-    return owner is not None and not owner.released and _same_kernel(owner) and lives(owner.pid, owner.pid_start)
+    """Whether the one who signed is a live process that is seen from here and has not given the lease back."""
+    return owner is not None and not owner.released and _seen_from_here(owner) and lives(owner.pid, owner.pid_start)
 
 
 def _sign(handle: int, owner: Owner) -> None:

@@ -1,4 +1,7 @@
-"""Which process a pid means: it counts together with its start and the running kernel, since pids are used again."""
+"""Which process a pid means: it counts together with its start, the running kernel and the namespace of pids.
+
+Pids are used again, and containers on one machine have each their own.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,14 @@ def boot_id() -> str:
     """The running kernel's; empty where it does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def pid_namespace() -> str:
+    """This process's, `pid:[4026531836]`; empty where it does not say."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 

@@ -63,7 +63,7 @@ def said(state, reason="", nodes=""):
 
 def attempt(run, *, job_id="j1", target="slurm", step=None, ended=None, verdict=None, why=""):
     """One start of a job in the ledger."""
-    number = start_attempt(run, target=target, job_id=job_id, nodes=["n1", "n2"], reason="worker")
+    number = start_attempt(run, target=target, job_id=job_id, nodes=["n1", "n2"], reason="submitted")
     if ended:
         end_attempt(run, number, step=step, outcome_class=ended, verdict=verdict, why=why)
     return number
@@ -348,14 +348,36 @@ def test_history_answers_why_it_restarted_seven_times(here, call):
     write_state(run, "running", attempt=number, step=7)
     heading, *lines = call("status", "demo", "--history")[1].splitlines()
     assert heading.split() == [
-        "attempt", "started", "job", "restart", "nodes", "steps", "lasted", "ended", "verdict", "why",
+        "attempt", "started", "reason", "job", "restart", "nodes", "steps", "lasted", "ended", "verdict", "why",
     ]  # fmt: skip
     assert len(lines) == 8
     assert "slurm j1" in lines[0]
     assert lines[2].endswith("preemption  requeue  preempted by a job of higher priority")
     assert "no word" in lines[6]
-    assert "started: worker" in lines[7]
+    assert all("submitted" in line for line in lines)
     assert "n1,n2" in lines[0]
+
+
+@pytest.mark.parametrize("options", [[], ["--history"]])
+def test_a_stopped_run_whose_job_is_over_is_said_to_be_left_to_a_person(here, call, options):
+    call("submit", "demo.yaml")
+    run = RunDirectory(here / "runs" / "demo")
+    number = attempt(run, step=3, ended="preemption", verdict="requeue", why="preemption: stopped")
+    write_state(run, "preempted", attempt=number, step=3)
+    said("cancelled", "CANCELLED by 0")
+    shown = call("status", "demo", *options)[1]
+    assert "its slurm job j1 is over (cancelled): nothing starts it again; `launcher submit" in shown
+    said("queued", "BeginTime")
+    assert "nothing starts it again" not in call("status", "demo", *options)[1]
+
+
+def test_a_scheduler_with_much_to_say_gets_no_more_than_its_cell_in_runs(here, call):
+    call("submit", "demo.yaml")
+    said("unknown", "squeue: error: " * 50)
+    row = call("runs")[1].splitlines()[1]
+    assert row.endswith("...")
+    assert len(row) < 200
+    assert "squeue: error: " * 50 in call("status", "demo")[1]
 
 
 def test_history_of_a_run_that_waits_says_so(here, call):

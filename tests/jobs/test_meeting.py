@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -60,6 +61,37 @@ def test_a_second_node_0_is_told_and_tells_the_first(leader, node):
     text = meeting.twice_node_0(node(0))
     assert text.startswith("--node-rank 0: given twice on ")
     assert leader.disturbance().message == text
+
+
+def test_two_node_0_at_the_same_moment_are_told_what_a_taken_port_says(leader, node):
+    with pytest.raises(UserError, match=r"port \d+ is taken on this machine. Is another node 0 running here"):
+        host(node(0), Signals())
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n" * 8])
+def test_a_listener_that_is_no_node_0_is_given_up_within_seconds(node, answer, monkeypatch):
+    monkeypatch.setattr(meeting, "_TWIN_S", 0.5)
+    monkeypatch.setattr(meeting, "_SLACK_S", 0.5)
+    place = node(0)
+    with socket.create_server(("127.0.0.1", int(place.rendezvous.rpartition(":")[2]))) as listener:
+        answering = threading.Thread(target=_answer, args=(listener, answer), daemon=True)
+        answering.start()
+        assert meeting.twice_node_0(place) is None
+    answering.join()
+
+
+def _answer(listener: socket.socket, text: bytes) -> None:
+    """Says the same to everybody, to whom the lines stay open."""
+    lines = []
+    listener.settimeout(0.1)
+    while listener.fileno() >= 0:
+        try:
+            lines.append(listener.accept()[0])
+            lines[-1].sendall(text)
+        except OSError:
+            continue
+    for line in lines:
+        line.close()
 
 
 def test_nodes_that_count_the_job_otherwise_are_refused_on_both_sides(leader, node):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from launcher.errors import UserError
-from launcher.jobs.place import Place, find_place, find_submission, first_host, port_of, settled
+from launcher.jobs.place import Place, find_place, find_submission, first_host, port_of, settled, start_reason
 from launcher.run.lease import Submission
 
 IN_STEP = {
@@ -64,6 +64,9 @@ def test_a_process_without_a_scheduler_knows_what_it_was_told():
     assert place() == Place()
     assert settled(place(), 1) == (0, None)
     assert settled(place(nodes=2, node_rank=1, rendezvous="a:1"), 2) == (1, "a:1")
+    assert settled(place(nodes=1, node_rank=0), 1) == (0, None)
+    alone = {**IN_STEP, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0"}
+    assert settled(place(alone), 1) == (0, None)
 
 
 def test_a_command_that_starts_all_ranks_needs_one_process_and_no_meeting():
@@ -95,7 +98,15 @@ def test_environments_that_cannot_work_are_refused_in_words(environment, options
         (Place(), 2, ["--node-rank: missing in a job of 2 nodes: expected 0 to 1", "Looked for LAUNCHER_NODES"]),
         (Place(rank=2, rendezvous="a:1"), 2, ["--node-rank 2: expected 0 to 1", "2 nodes"]),
         (Place(rank=-1, rendezvous="a:1"), 2, ["--node-rank -1: expected 0 to 1"]),
-        (Place(rank=1), 1, ["--node-rank 1: expected 0 to 0", "1 node"]),
+        (Place(nodes=1, rank=1), 1, ["--node-rank 1: expected 0 to 0", "1 node"]),
+        (Place(rank=0), 1, ["--node-rank 0: expected --nodes 2 or more", "cluster.nodes = 1"]),
+        (
+            Place(rank=0, rendezvous="a:1"),
+            1,
+            ["--node-rank 0 --rendezvous a:1: expected --nodes 2 or more", "both out"],
+        ),
+        (Place(rendezvous="a:1"), 1, ["--rendezvous a:1: expected --nodes 2 or more"]),
+        (Place(nodes=1, rank=0, rendezvous="a:1"), 1, ["--rendezvous a:1: expected --nodes 2 or more", "(--nodes 1)"]),
         (Place(rank=1), 2, ["--rendezvous: missing in a job of 2 nodes: expected HOST:PORT"]),
     ],
 )
@@ -115,6 +126,28 @@ def test_which_start_of_which_job_this_is():
     assert find_submission({}) is None
     with pytest.raises(UserError, match="LAUNCHER_JOB_RESTART = twice: expected how often"):
         find_submission({"LAUNCHER_JOB_ID": "1", "LAUNCHER_JOB_RESTART": "twice"})
+
+
+def test_launchers_own_variables_complete_what_options_leave_open():
+    environment = {"LAUNCHER_NODES": "3", "LAUNCHER_NODE_RANK": "1", "LAUNCHER_RENDEZVOUS": "a:1"}
+    assert place(environment, nodes=2) == Place(nodes=2, rank=1, rendezvous="a:1")
+    assert place(environment, node_rank=0) == Place(nodes=3, rank=0, rendezvous="a:1")
+    assert settled(place(environment, nodes=1), 1) == (0, None)
+    with pytest.raises(UserError, match="LAUNCHER_NODES = two: expected a number"):
+        place({"LAUNCHER_NODES": "two"})
+
+
+@pytest.mark.parametrize(
+    ("submission", "reason"),
+    [
+        (None, "by hand"),
+        (Submission(target="ray", job_id="1"), "submitted"),
+        (Submission(target="slurm", job_id="1", restart=2), "requeued"),
+        (Submission(target="kubernetes", job_id="1", restart=1), "restarted"),
+    ],
+)
+def test_the_ledger_says_in_a_persons_words_why_an_attempt_started(submission, reason):
+    assert start_reason(submission) == reason
 
 
 def test_finding_a_place_imports_no_torch():

@@ -12,12 +12,18 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import UserError
+from launcher.jobs.asking import summaries
 from launcher.jobs.job import Job
 from launcher.jobs.spec import JobSpec, Rendered
+from launcher.jobs.submissions import record
+from launcher.jobs.submit import require_idle
 from launcher.jobs.targets import find, process
 from launcher.run.control import request_stop
+from launcher.run.directory import RunDirectory
+from launcher.run.lease import Submission, hold_lease
 from launcher.run.ledger import end_attempt, start_attempt
 from launcher.run.processes import boot_id, lives, start_of
+from launcher.run.state import write_state
 from tests.jobs.make import until
 from tests.run.make import make_run
 
@@ -99,6 +105,39 @@ def test_how_a_job_ended_is_what_the_ledger_says_of_it(script, end, state, reaso
     until("the end", lambda: over(job))
     assert process.status(job).state == state
     assert reason in process.status(job).reason
+
+
+def test_a_worker_that_outlives_its_script_is_the_job_until_it_gives_the_lease_back(script, monkeypatch):
+    job = script("true")
+    run = RunDirectory(job.run)
+    until("the end of the script", lambda: over(job))
+    sent = []
+    monkeypatch.setattr(process.os, "kill", lambda *signalled: sent.append(signalled))
+    with hold_lease(run, submission=Submission(target="torchrun", job_id=job.id)):
+        assert process.status(job).state == "starting"
+        start_attempt(run, target="torchrun", job_id=job.id, nodes=[], reason="submitted")
+        said = process.status(job)
+        assert said.state == "running"
+        assert said.reason.startswith(f"its script was killed; worker pid {os.getpid()} goes on and nothing starts it")
+        (summary,) = summaries([(run, _remembered(run, job))])
+        assert (summary["status"], summary["job"]["state"]) == ("running", "running")
+        with pytest.raises(UserError, match=r"is submitted already: torchrun job .* is running"):
+            require_idle(run, run.path)
+        process.cancel(job)
+        assert sent == [(os.getpid(), signal.SIGTERM)]
+        assert process.status(replace(job, id="another")).state == "failed"
+    assert process.status(job).state == "failed"
+
+
+def _remembered(run: RunDirectory, job: Job) -> Path:
+    write_state(run, "running", attempt=1, step=1)
+    record(run.path, job)
+    return run.path
+
+
+def test_a_job_of_another_namespace_of_pids_is_unknown(script):
+    job = script("sleep 60")
+    assert process.status(replace(job, more={**job.more, "pid_namespace": "pid:[1]"})).state == "unknown"
 
 
 def test_a_job_that_ended_before_its_first_attempt_says_its_last_line(script):

@@ -136,7 +136,9 @@ def test_another_job_begins_a_new_count(run, again):
 def test_a_start_by_hand_is_not_counted_so_an_unknown_end_is_not_advised_to_be_repeated(run):
     attempt = begun(run, job="4711", restart=None, target=restart.BY_HAND)
     assert concluded(run, attempt, failed("unknown")).verdict == "stop"
-    assert concluded(run, attempt, failed("communication")).verdict == "requeue"
+    again = concluded(run, attempt, failed("communication"))
+    assert again.verdict == "requeue"
+    assert again.why == "communication: another start may pass; started by hand, so a person makes it"
 
 
 def test_progress_is_a_newer_checkpoint_than_the_one_before(run):

@@ -125,6 +125,20 @@ def test_cancel_checkpoints_and_is_for_good(recipe):
     assert not descendants(script)
 
 
+def test_a_killed_script_leaves_a_worker_that_is_the_job_to_every_command(recipe):
+    run, script = submitted(recipe, "orphan", "train.max_steps=100000")
+    os.kill(script, signal.SIGKILL)
+    job = latest(run.path)
+    assert job is not None
+    until("the script's end", lambda: "its script was killed" in status(job).reason)
+    summary = json.loads(finish(launcher("status", run.path, "--json"), code=0)[0])
+    assert (summary["status"], summary["job"]["state"]) == ("running", "running")
+    assert "is running (its script was killed" in finish(launcher("submit", run.path), code=2)[1]
+    finish(launcher("cancel", run.path), code=0)
+    assert ended(run) == "cancelled"
+    assert attempts(run)[0].end_class == "cancelled"
+
+
 def test_wait_ends_with_2_for_a_mistake_in_the_data(recipe):
     bad = recipe.parent / "bad.jsonl"
     bad.write_text('{"messages": 7}\n')

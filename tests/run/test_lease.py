@@ -195,6 +195,21 @@ def test_pid_that_belongs_to_a_later_process_is_a_dead_owner_l11(tmp_path):
         assert lease.taken_from == gone
 
 
+def test_owner_in_another_container_of_this_machine_is_alive_while_it_holds_the_lock_l11(tmp_path):
+    """Its pid means another process here, but the lock is of the same kernel: held is alive, free is dead."""
+    run = make_run(tmp_path)
+    with hold_lease(run) as lease:
+        record = {**vars_of(lease.owner), "pid": 1, "pid_namespace": "pid:[1]", "host": "box"}
+        (run.control / "lease").write_text(json.dumps(record).ljust(1024))
+        assert current_owner(run)[1] is True
+        with pytest.raises(LeaseHeld, match="is being trained already: host box, pid 1"), hold_lease(run):
+            pass
+    (run.control / "lease").write_text(json.dumps(record).ljust(1024))
+    assert current_owner(run)[1] is False
+    with hold_lease(run, watch_s=600) as lease:
+        assert lease.taken_from.host == "box"
+
+
 def test_zombie_is_a_dead_owner_l11(tmp_path):
     run = make_run(tmp_path)
     with Script(run, HOLD) as owner:

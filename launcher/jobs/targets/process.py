@@ -1,6 +1,7 @@
 """A job that is a background process on this machine: how `torchrun` and `accelerate` submit, ask, show and end it.
 
-It is the rendered `job.sh` in a session of its own. A pid is only trusted together with the process's start.
+It is the rendered `job.sh` in a session of its own. A pid is only trusted together with the process's start. Where the
+script alone was killed, the job is its worker, as long as that holds the run's lease; nothing starts it again then.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from launcher.jobs.job import Finding, Job, JobStatus
 from launcher.jobs.spec import ENDPOINT, JobSpec, Rendered
 from launcher.run.control import CANCEL, stop_reason
 from launcher.run.directory import RunDirectory
+from launcher.run.lease import Owner, current_owner
 from launcher.run.ledger import Attempt, attempts
-from launcher.run.processes import boot_id, lives, start_of
+from launcher.run.processes import boot_id, lives, pid_namespace, start_of
 from launcher.run.state import reached_end
 
 SCRIPT = "job.sh"
@@ -70,22 +72,27 @@ def start(spec: JobSpec, rendered: Rendered, folder: Path, *, target: str) -> Jo
         )  # fmt: skip
     more = {
         "host": socket.gethostname(), "boot_id": boot_id(), "pid": str(process.pid),
-        "pid_start": str(start_of(process.pid) or ""),
+        "pid_start": str(start_of(process.pid) or ""), "pid_namespace": pid_namespace(),
     }  # fmt: skip
     return Job(target=target, id=job_id, folder=folder, run=Path(spec.run), more=more)
 
 
 def status(job: Job) -> JobStatus:
-    """Whether the process lives; how it ended, as the run's ledger has it."""
+    """Whether the process, or a worker that outlived it, lives; how it ended, as the run's ledger has it."""
     if not _here(job):
         return JobStatus("unknown", f"{job.more.get('host', 'another host')} runs it and cannot be asked from here")
     run = RunDirectory(job.run)
+    worker = None if _lives(job) else _worker(job)
+    over = worker is None and not _lives(job)
     last = next((attempt for attempt in reversed(attempts(run)) if attempt.job_id == job.id), None)
-    if _lives(job):
-        if last is None:
-            return JobStatus("starting", f"pid {job.more['pid']}", job.more["host"])
-        return JobStatus("running", f"pid {job.more['pid']}, attempt {last.number}", job.more["host"])
-    return _ended(job, run, last)
+    if over:
+        return _ended(job, run, last)
+    who = f"pid {job.more['pid']}"
+    if worker is not None:
+        who = f"its script was killed; worker pid {worker.pid} goes on and nothing starts it again"
+    if last is None:
+        return JobStatus("starting", who, job.more["host"])
+    return JobStatus("running", f"{who}, attempt {last.number}", job.more["host"])
 
 
 def logs(job: Job) -> Iterator[str]:
@@ -110,9 +117,12 @@ def cancel(job: Job) -> None:
     if not _here(job):
         host = job.more.get("host", "another host")
         raise UserError(f"job {job.id} runs on {host}, not here: launcher cancel {job.run} there.")
-    if not _lives(job):
+    if _lives(job):
+        os.kill(int(job.more["pid"]), signal.SIGTERM)
+    elif (worker := _worker(job)) is not None:
+        os.kill(worker.pid, signal.SIGTERM)
+    else:
         raise UserError(f"job {job.id} has ended: nothing to cancel.")
-    os.kill(int(job.more["pid"]), signal.SIGTERM)
 
 
 def _require_tools(spec: JobSpec) -> str:
@@ -139,12 +149,21 @@ def _readable(rendered: Rendered) -> Finding:
 
 
 def _here(job: Job) -> bool:
+    if job.more.get("pid_namespace", "") not in ("", pid_namespace()):
+        return False
     return job.more.get("boot_id") == boot_id() and (bool(boot_id()) or job.more.get("host") == socket.gethostname())
 
 
 def _lives(job: Job) -> bool:
     start = job.more.get("pid_start", "")
     return lives(int(job.more["pid"]), int(start) if start else None)
+
+
+def _worker(job: Job) -> Owner | None:
+    """The live process that drives the run as this job's worker."""
+    owner, alive = current_owner(RunDirectory(job.run))
+    ours = owner is not None and (owner.target, owner.job_id) == (job.target, job.id)
+    return owner if ours and alive else None
 
 
 def _ended(job: Job, run: RunDirectory, last: Attempt | None) -> JobStatus:
