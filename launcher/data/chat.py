@@ -103,12 +103,19 @@ def _cut(messages: Messages, index: int, text: str, template: Callable[[Messages
         raise UserError(f"turn {turn}: the chat template's generation prompt is not how the turn begins.")
     end = len(through.rstrip())  # white space after the stop token (ChatML's newline) is not written by the model
     content = messages[index]["content"].strip()
-    if end <= len(before) or (content and through[len(before) : end].endswith(content)):
+    written = through[len(before) : end]
+    if not written or (content and written.endswith(content) and not _stops(messages[:turn], template)):
         raise UserError(
             f"turn {turn}: the chat template writes no stop token after an assistant turn, so the model would never "
             f"learn to stop. Add {{{{ eos_token }}}} after it in data.chat_template."
         )
     return Cut(turn, len(before), end)
+
+
+def _stops(messages: Messages, template: Callable[[Messages, bool], str]) -> bool:
+    """Whether something follows the words of the last turn; they themselves may be the end of a stop token, as `>`."""
+    probe = [*messages[:-1], {**messages[-1], "content": "words"}]
+    return not _call(template, probe, False, turn=len(messages)).rstrip().endswith("words")
 
 
 def _call(template: Callable[[Messages, bool], str], messages: Messages, generation: bool, *, turn: int) -> str:

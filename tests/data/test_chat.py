@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from launcher.data.chat import render, template_of
@@ -71,6 +71,7 @@ content = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs"
 
 
 @settings(max_examples=80, deadline=None)
+@example(contents=["0", ">"])  # the end of the stop token itself
 @given(contents=st.lists(content, min_size=2, max_size=6))
 def test_what_is_trained_decodes_to_the_assistants_words_and_stop_tokens(tokenizer, contents):
     expected = [f"{text}<|im_end|>" for text in contents[1::2]]
