@@ -184,7 +184,7 @@ def _fix(hint: type, value: Any) -> str:
     """What to write when a scalar has the wrong type but its meaning is plain."""
     if hint is int and isinstance(value, float) and value.is_integer():
         return f"Write {int(value)}."
-    if hint is str and not isinstance(value, dict | list) and value is not None:
+    if hint is str and not isinstance(value, dict | list) and value is not None and str(value)[:1] != "-":
         return f"Put it in quotes: '{str(value).lower() if isinstance(value, bool) else value}'."
     if hint is bool and value in (0, 1, "true", "false", "True", "False"):
         return f"Write {'true' if value in (1, 'true', 'True') else 'false'}, without quotes."

@@ -194,6 +194,13 @@ def test_a_mistake_is_named_with_its_place_and_what_is_allowed(here: Path, name:
         assert found[0].where == case.where
 
 
+def test_a_number_below_zero_is_not_told_to_become_text(here: Path):
+    """In quotes it would be refused in turn: no size or name begins so."""
+    write(here, GOOD)
+    with pytest.raises(RecipeError, match=r"cluster\.kubernetes\.shm = -1: expected text\.$"):
+        load("recipe.yaml", ["cluster.kubernetes.shm=-1"])
+
+
 def test_a_section_of_the_wrong_shape_below_keys_of_it_above_is_no_crash(here: Path):
     write(here, GOOD.replace("{global_batch_size: 8, max_steps: 10}", "[a]"), name="base.yaml")
     write(here, "extends: base.yaml\ntrain: {max_steps: 3}\n")
