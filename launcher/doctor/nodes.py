@@ -83,7 +83,7 @@ def examine_nodes(place: Place, recipe: Recipe | None, *, folder: Path, say: Say
         recipe: what the job is; None: ranks for the GPUs of the node that has the fewest
         folder: whose file system is looked at
     Raises:
-        UserError: a place that cannot be, or other nodes that did not come.
+        UserError: a place that cannot be, or a node that was told another one. Nodes that do not come are said.
     """
     require_train_extra()
     placed = Recipe(cluster=Cluster(nodes=place.nodes or 1, join_timeout_s=JOIN_TIMEOUT_S))
@@ -103,16 +103,21 @@ def examine_nodes(place: Place, recipe: Recipe | None, *, folder: Path, say: Say
             finally:
                 others.leave()
         except (Away, Stopped) as error:
-            raise UserError(str(error)) from None
+            say(str(error))
+            return False, None
     return ok, seen
 
 
 def _gather_round(others: Meeting, say: Say) -> None:
-    """Everybody is there."""
+    """Everybody is there.
+
+    Raises:
+        UserError: somebody cannot take part; Away: somebody does not come.
+    """
     if others.node.rank > 0:
         others.come()
     elif (ending := others.await_all(say)) is not None:
-        raise UserError(ending.message)
+        raise UserError(ending.message) if ending.failure_class == "user" else Away(ending.message)
 
 
 def _all_of(others: Meeting | None, node: Node, recipe: Recipe | None, folder: Path, say: Say) -> Examined | None:

@@ -61,6 +61,8 @@ def summaries(runs: Sequence[tuple[RunDirectory, Path]], *, ask_targets: bool = 
             summary["job"] = None
             continue
         summary["job"] = _shape(one, status or next(answers))
+        if summary["status"] == "queued" and summary["job"]["state"] in ("failed", "cancelled"):
+            summary["status"] = summary["job"]["state"]  # before its first attempt
         if not run.exists():
             summary.update(path=str(run.path), updated=one.time, status=_as_run(summary["job"]["state"]))
     return found
@@ -80,7 +82,10 @@ def settled(job: Job) -> JobStatus | None:
         return JobStatus("finished", f"attempt {last.number}")
     if last.end_class == "cancelled":
         return JobStatus("cancelled", f"attempt {last.number}")
-    return JobStatus("failed", f"{last.end_class}: {last.end_why}") if last.end_verdict == "stop" else None
+    if last.end_verdict != "stop":
+        return None
+    said = str(last.end_class)
+    return JobStatus("failed", last.end_why if last.end_why.startswith(f"{said}:") else f"{said}: {last.end_why}")
 
 
 def last_attempt(job: Job) -> Attempt | None:

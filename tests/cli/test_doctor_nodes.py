@@ -21,6 +21,7 @@ from tests import netns
 from tests.jobs.make import finish, launcher, project
 from tests.jobs.test_preflight import ODD, node
 from tests.pages import DOCS, launcher_commands
+from tests.ranks import free_port
 
 SIDE_BY_SIDE = ("doctor", "--nodes", "2", "--json", "--rendezvous", "10.77.0.1:29400", "--node-rank")
 
@@ -110,6 +111,14 @@ def test_a_recipe_whose_checkpoints_find_no_space_is_bad(
         main(["doctor", str(project(tmp_path)), "--json"])
     assert left.value.code == 1
     assert named(capsys.readouterr().out)["disk"]["state"] == "bad"
+
+
+def test_a_node_that_does_not_come_is_said_and_ends_with_1_as_of_run(monkeypatch, capsys):
+    monkeypatch.setattr(nodes, "JOIN_TIMEOUT_S", 1)
+    with pytest.raises(SystemExit) as left:
+        main(["doctor", "--nodes", "2", "--node-rank", "0", "--rendezvous", f"127.0.0.1:{free_port()}"])
+    assert left.value.code == 1
+    assert "node 1 did not come within 1 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -358,6 +358,23 @@ def test_history_answers_why_it_restarted_seven_times(here, call):
     assert "n1,n2" in lines[0]
 
 
+@pytest.mark.parametrize("state", ["failed", "cancelled"])
+def test_a_run_whose_job_ended_before_its_first_attempt_does_not_wait_for_ever(here, call, state):
+    call("submit", "demo.yaml")
+    said("queued", "Priority")
+    assert "state       queued" in call("status", "demo")[1]
+    said(state, "ended before its first attempt")
+    assert f"state       {state}" in call("status", "demo")[1]
+    assert state in call("runs")[1].splitlines()[1].split()[1]
+
+
+@pytest.mark.parametrize("why", ["user: another start would end the same way", "another start would end the same way"])
+def test_the_class_of_an_end_is_said_once(here, call, why):
+    call("submit", "demo.yaml")
+    attempt(RunDirectory(here / "runs" / "demo"), ended="user", verdict="stop", why=why)
+    assert "failed (user: another start would end the same way)" in call("status", "demo")[1]
+
+
 @pytest.mark.parametrize("options", [[], ["--history"]])
 def test_a_stopped_run_whose_job_is_over_is_said_to_be_left_to_a_person(here, call, options):
     call("submit", "demo.yaml")

@@ -174,6 +174,17 @@ def test_what_sbatch_refuses_is_told_in_its_words_with_the_key(site, said, key):
     assert str(error.value).partition(". Change ")[2].removeprefix("one of ").startswith(key)
 
 
+def test_a_refusal_names_the_value_and_what_shows_the_allowed_ones(site):
+    words = 'sbatch: error: Batch job submission failed: Invalid feature specification'
+    site.command("sbatch", f"echo '{words}' >&2; exit 1")
+        "sbatch", "echo 'sbatch: error: Batch job submission failed: Invalid feature specification' >&2; exit 1"
+    )
+    given = spec(constraint="{a100}")
+    with pytest.raises(UserError) as error:
+        slurm.submit(given, slurm.render(given), site.folder)
+    assert "Change cluster.slurm.constraint = {a100}. Allowed: `sinfo -o " in str(error.value)
+
+
 def test_a_variable_that_is_not_set_is_told_before_sbatch_is_called(site, monkeypatch):
     monkeypatch.delenv("MY_TOKEN", raising=False)
     with pytest.raises(UserError, match="MY_TOKEN not set here"):
@@ -219,6 +230,8 @@ def test_a_pyxis_job_needs_a_srun_that_has_it(site):
     assert "pyxis" not in [finding.what for finding in slurm.validate(given, slurm.render(given), site.folder)]
     site.command("srun", "echo usage")
     assert ("pyxis", "bad") in [(f.what, f.state) for f in slurm.validate(given, slurm.render(given), site.folder)]
+    site.command("sbatch", "echo 'sbatch: error: Unable to contact slurm controller (connect failure)' >&2; exit 1")
+    assert ("pyxis", "skipped") in [(f.what, f.state) for f in slurm.validate(given, slurm.render(given), site.folder)]
 
 
 def test_cancel_ends_one_element_and_takes_no_offence_at_an_ended_job(site):

@@ -191,7 +191,9 @@ def _last_line(job: Job) -> str:
         lines = (job.folder / OUTPUT).read_text(errors="replace").split("\n")
     except OSError:
         return "it left no output"
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    return next(
+        (line.strip() for line in reversed(lines) if line.strip()), "it printed nothing, as where cluster.setup fails"
+    )
 
 
 def _indented(text: str) -> str:

@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
-from launcher.errors import Problem, UserError
+from launcher.errors import Problem, UserError, show_value
 from launcher.jobs.job import Finding, Job, JobStatus
 from launcher.jobs.spec import JobSpec, Rendered
 from launcher.jobs.targets import slurm_states
@@ -50,6 +51,17 @@ _REFUSALS = (
     ("accounting/QOS policy", "cluster.slurm.account, cluster.slurm.qos, cluster.time_limit_min"),
     ("unrecognized option", "cluster.slurm.extra"),
     ("Invalid --", "cluster.slurm.extra"),
+)
+
+
+_NODES = "sinfo -o '%P %D nodes, %c cores, %m MB, %G, %f'"
+_ALLOWED = (  # what shows what there is, by a word of the keys above
+    ("reservation", "scontrol show reservation"),
+    ("account", "sacctmgr show associations user=$USER format=account,partition,qos"),
+    ("qos", "sacctmgr show qos format=name"),
+    ("partition", "sinfo"),
+    ("time_limit_min", "sinfo -o '%P %l'"),
+    *((word, _NODES) for word in ("nodes", "constraint", "exclude", "gres", ".mem", "cpus_per_node")),
 )
 
 
@@ -139,10 +151,14 @@ def validate(spec: JobSpec, rendered: Rendered, folder: Path) -> Iterator[Findin
     if shutil.which("sbatch") is None:
         yield Finding("sbatch --test-only", "skipped", "no sbatch here; a login node of the cluster has it")
         return
-    if spec.cluster.slurm.container.runtime == "pyxis" and "--container-image" not in _run(["srun", "--help"])[1]:
-        yield Finding("pyxis", "bad", "srun of this cluster has no --container-image: cluster.slurm.container.runtime")
     code, _, error = _run(["sbatch", "--test-only", FILE], folder=folder)
     said = _words(error)
+    if spec.cluster.slurm.container.runtime == "pyxis" and "--container-image" not in _run(["srun", "--help"])[1]:
+        if _unreachable(error):
+            yield Finding("pyxis", "skipped", "srun knows no cluster here, so it cannot say whether that has pyxis")
+        else:
+            text = "cluster.slurm.container.runtime = pyxis: srun of this cluster has no --container-image"
+            yield Finding("pyxis", "bad", f"{text}. Have pyxis installed, or take apptainer")
     if code == 0:
         yield Finding("sbatch --test-only", "ok", said)
     elif _unreachable(error):
@@ -294,8 +310,16 @@ def _refusal(said: str, spec: JobSpec) -> str:
     keys = next((keys for words, keys in _REFUSALS if words.lower() in said.lower()), "")
     if not keys:
         return said
-    keys = keys.format(nodes=_resources(spec))
-    return f"{said}. Change {'one of ' if ',' in keys else ''}{keys}."
+    show = next((f" Allowed: `{show}`." for key, show in _ALLOWED if key in keys), "")
+    keys = re.sub(r"cluster\.[\w.]+", lambda found: _with_value(found[0], spec), keys)
+    keys = keys.replace("{nodes}", _resources(spec))
+    return f"{said}. Change {'one of ' if ',' in keys else ''}{keys}.{show}"
+
+
+def _with_value(key: str, spec: JobSpec) -> str:
+    """`key = value`, as far as it was given."""
+    value = attrgetter(key.removeprefix("cluster."))(spec.cluster)
+    return key if value is None else f"{key} = {show_value(value)}"
 
 
 def _resources(spec: JobSpec) -> str:
