@@ -175,10 +175,8 @@ def test_what_sbatch_refuses_is_told_in_its_words_with_the_key(site, said, key):
 
 
 def test_a_refusal_names_the_value_and_what_shows_the_allowed_ones(site):
-    words = 'sbatch: error: Batch job submission failed: Invalid feature specification'
+    words = "sbatch: error: Batch job submission failed: Invalid feature specification"
     site.command("sbatch", f"echo '{words}' >&2; exit 1")
-        "sbatch", "echo 'sbatch: error: Batch job submission failed: Invalid feature specification' >&2; exit 1"
-    )
     given = spec(constraint="{a100}")
     with pytest.raises(UserError) as error:
         slurm.submit(given, slurm.render(given), site.folder)
