@@ -168,6 +168,20 @@ def test_a_wrong_ray_address_in_the_environment(recipe, tmp_path, monkeypatch, a
     assert said.startswith(f"RAY_ADDRESS = {address}: expected http://HOST:8265")
 
 
+def test_rays_own_word_for_the_cluster_that_runs_here_is_told_as_an_address(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert "Use http://127.0.0.1:8265 for the cluster that runs here" in submit(spec_of(recipe), tmp_path)
+
+
+def test_rays_own_word_for_the_cluster_of_this_machine_is_no_host(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    said = submit(spec_of(recipe), tmp_path)
+    assert said.startswith("RAY_ADDRESS = auto: expected http://HOST:8265")
+    assert said.endswith(
+        "Use http://127.0.0.1:8265 for a cluster that runs here, or cluster.ray.address=local for a fresh one."
+    )
+
+
 def test_a_variable_that_is_not_set_is_asked_for_before_the_cluster(recipe, tmp_path):
     spec = spec_of(recipe, "cluster.env=[NOT_SET_ANYWHERE]", f"cluster.ray.address=http://127.0.0.1:{free_port()}")
     assert "NOT_SET_ANYWHERE" in submit(spec, tmp_path)

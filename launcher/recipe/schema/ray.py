@@ -61,6 +61,8 @@ def address_problem(address: str) -> tuple[str, str] | None:
     expected = f"http://HOST:8265 of the cluster's job server, or {LOCAL}"
     if address == LOCAL:
         return None
+    if address == "auto":  # Ray's own word
+        return expected, f"Use http://127.0.0.1:8265 for the cluster that runs here, or {LOCAL} for a fresh one."
     try:
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port
@@ -68,6 +70,9 @@ def address_problem(address: str) -> tuple[str, str] | None:
         return expected, f"{error}."
     if parts.scheme == "ray":
         fix = f"Use http://{host or 'HOST'}:8265: ray:// is Ray Client, whose jobs end when this machine disconnects."
+        return expected, fix
+    if address == "auto":
+        fix = f"Use http://127.0.0.1:8265 for a cluster that runs here, or cluster.ray.address={LOCAL} for a fresh one."
         return expected, fix
     if parts.scheme not in ("http", "https"):
         name = address.rpartition("/")[2].partition(":")[0]
