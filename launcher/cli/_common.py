@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
 
 RUNS_DIR = "runs"  # where runs lie unless run.dir says otherwise
+SWEEP = ".sweep"  # behind a sweep's name: the folder of what an array job is handed
+_SHOWN = 10  # names in a message
 
 
 def find_run(text: str) -> RunDirectory:
@@ -25,12 +27,30 @@ def find_run(text: str) -> RunDirectory:
     for path in (Path(text), Path(RUNS_DIR, text)):
         if (run := RunDirectory(path)).exists():
             return run
-    if Path(text).is_dir():
-        raise UserError(f"{text} is no run: it holds no run.json.")
     folder = Path(text).parent if "/" in text.rstrip("/") else Path(RUNS_DIR)
     names = [path.parent.name for path in folder.glob("*/run.json")]
+    if said := _begin_so(text, names):
+        raise UserError(said)
+    if Path(text).is_dir():
+        raise UserError(f"{text} is no run: it holds no run.json.")
     hint = nearest(Path(text).name, names) or f"Runs in {folder}/: {', '.join(sorted(names)[:10]) or 'none'}."
     raise UserError(f"no run '{text}': neither a path nor a name below {RUNS_DIR}/. {hint}")
+
+
+def _begin_so(text: str, names: Sequence[str]) -> str:
+    """What to say where the text is the name of a sweep, whose runs are called NAME-...; empty where none are."""
+    from launcher.jobs.submissions import known_elsewhere
+
+    name = Path(text).name
+    if Path(text).is_dir() and not name.endswith(SWEEP):
+        return ""
+    base = name.removesuffix(SWEEP)
+    known = {*names, *(run.name for run, _ in known_elsewhere())}
+    if not base or not (found := sorted(run for run in known if run.startswith(f"{base}-"))):
+        return ""
+    more = f" and {len(found) - _SHOWN} more (launcher runs)" if len(found) > _SHOWN else ""
+    these = f"{', '.join(found[:_SHOWN])}{more}"
+    return f"no run '{text}', but {len(found)} whose name begins so, as those of a sweep: {these}. Give one of them."
 
 
 def find_submitted(text: str) -> tuple[RunDirectory, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +116,8 @@ def _sweep(name: str, recipes: Sequence[Recipe], output: Path | None, as_json: b
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(output or scratch, job.folder) for job in jobs]
         findings = [_written_and_validated(job, folder) for job, folder in zip(jobs, folders, strict=True)]
+        if jobs and jobs[0].folder:
+            _name_others(folders[0].parent, [job.folder for job in jobs])
     if as_json:
         shown = [_sweep_object(job, found) for job, found in zip(jobs, findings, strict=True)]
         click.echo(json.dumps({"sweep": name, "jobs": shown}, indent=2))
@@ -162,7 +164,7 @@ def _said(findings: Sequence[Finding]) -> list[str]:
     return [f"{finding.state:<7}  {finding.what}: {finding.text}".rstrip(": ") for finding in findings]
 
 
-def _names(files: Mapping[str, str]) -> str:
+def _names(files: Iterable[str]) -> str:
     """Names of files; only the first and the last where there are very many."""
     names = list(files)
     return ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:5])} ... {names[-1]} ({len(names)} files)"
@@ -221,3 +223,11 @@ def _write(folder: Path, files: Mapping[str, str]) -> None:
             (folder / name).write_text(text)
     except OSError as error:
         raise UserError(f"-o {folder}: cannot be written ({error.strerror})") from None
+    _name_others(folder, files)
+
+
+def _name_others(folder: Path, own: Iterable[str]) -> None:
+    """Say what else lies there: scripts of an earlier `render` would start another job beside this recipe."""
+    there = (path for path in folder.iterdir() if path.is_file() or (path / "recipe.yaml").is_file())
+    if others := sorted({path.name for path in there} - set(own)):
+        click.echo(f"{folder} has files from before that are no part of this job: {_names(others)}", err=True)

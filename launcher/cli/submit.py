@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -91,7 +93,20 @@ def _sweep(
             click.echo(f"  files:  {folder}")
         if submitted:
             click.echo(f"  look:   launcher runs {_runs_folder(submitted[0])}".rstrip())
+            click.echo("\n".join(_stop(submitted)))
     return 0
+
+
+def _stop(submitted: Sequence[Submitted]) -> Iterator[str]:
+    """How a person ends the runs of a sweep: each by itself, an array also at once."""
+    first = submitted[0]
+    name = first.job.run if first.place == first.job.run else first.job.run.name
+    yield f"  stop:   launcher cancel {name}" + (", and so each of the others" if len(submitted) > 1 else "")
+    array, sign, _ = first.job.id.partition("_")
+    if first.job.target == "slurm" and sign:
+        from launcher.jobs.targets.slurm_states import of_cluster
+
+        yield f"          {shlex.join(['scancel', *of_cluster(first.job.more.get('cluster')), array])}  (all at once)"
 
 
 def _runs_folder(submitted: Submitted) -> str:

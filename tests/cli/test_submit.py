@@ -275,7 +275,14 @@ def test_a_sweep_on_ray_is_a_job_for_each_run_as_render_shows_them(here, call):
         *(f"submitted {here}/runs/demo-seed-{seed}: ray job j1" for seed in (1, 2)),
         *(f"  files:  {kept}/demo-seed-{seed}/job/submission-1" for seed in (1, 2)),
         "  look:   launcher runs",
+        "  stop:   launcher cancel demo-seed-1, and so each of the others",
     ]
+    for verb in ("status", "cancel"):
+        code, _, err = call(verb, "demo")
+        assert code == 2
+        assert err.startswith(
+            "no run 'demo', but 2 whose name begins so, as those of a sweep: demo-seed-1, demo-seed-2."
+        )
     for job in shown:
         folder = kept / job["folder"] / "job" / "submission-1"
         assert {name: (folder / name).read_text() for name in job["files"]} == job["files"]
@@ -476,6 +483,19 @@ def test_render_shows_environment_and_validation_and_ends_with_2_where_the_job_w
     assert found["environment"] == {"set": {}, "taken": ["HF_TOKEN"]}
     assert found["validation"][0]["state"] == "bad"
     assert not (here / "runs").exists()
+
+
+def test_render_into_a_folder_names_what_an_earlier_one_left_there(here, call):
+    sweep = ("render", "demo.yaml", "--target", "ray", "cluster.ray.address=http://head:8265", "-o", "job", "--sweep")
+    assert call("render", "demo.yaml", "-o", "job")[2] == ""
+    (here / "job" / "node-1.sh").write_text("the other node\n")
+    code, out, err = call("render", "demo.yaml", "-o", "job")
+    assert (code, err) == (0, "job has files from before that are no part of this job: node-1.sh\n")
+    assert "node-1.sh" not in out
+    assert (here / "job" / "node-1.sh").exists()
+    assert "job.txt, node-1.sh" in call(*sweep, "train.seed=1,2")[2]
+    assert "demo-seed-2" in call(*sweep, "train.seed=1")[2]
+    assert json.loads(call("render", "demo.yaml", "-o", "job", "--json")[1])
 
 
 def test_diff_shows_what_a_submission_would_change_and_nothing_else(here, call):

@@ -196,7 +196,13 @@ def test_the_verb(site):
     recipe = project(site.folder, cluster=SLURM)
     env = {"PATH": site.path}
     out, _ = finish(launcher("submit", recipe, "--sweep", "optimizer.lr=1e-2,1e-3", env=env), code=0)
-    assert out.splitlines()[0] == f"submitted {site.folder}/runs/tiny-lr-1e-2: slurm job 40_0"
+    lines = out.splitlines()
+    assert lines[0] == f"submitted {site.folder}/runs/tiny-lr-1e-2: slurm job 40_0"
+    stop = f"  stop:   launcher cancel {site.folder}/runs/tiny-lr-1e-2, and so each of the others"
+    assert lines[-2:] == [stop, "          scancel 40  (all at once)"]
+    for name in ("runs/tiny", "runs/tiny.sweep"):
+        _, error = finish(launcher("status", site.folder / name, env=env), code=2)
+        assert "2 whose name begins so, as those of a sweep: tiny-lr-1e-2, tiny-lr-1e-3." in error
     out, _ = finish(launcher("submit", recipe, "--sweep", "optimizer.lr=1e-1,1e-4", "--json", env=env), code=0)
     assert [(run["run"], run["id"]) for run in json.loads(out)["runs"]] == [
         ("tiny-lr-1e-1", "40_0"),

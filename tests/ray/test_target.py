@@ -168,11 +168,6 @@ def test_a_wrong_ray_address_in_the_environment(recipe, tmp_path, monkeypatch, a
     assert said.startswith(f"RAY_ADDRESS = {address}: expected http://HOST:8265")
 
 
-def test_rays_own_word_for_the_cluster_that_runs_here_is_told_as_an_address(recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
-    assert "Use http://127.0.0.1:8265 for the cluster that runs here" in submit(spec_of(recipe), tmp_path)
-
-
 def test_rays_own_word_for_the_cluster_of_this_machine_is_no_host(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     said = submit(spec_of(recipe), tmp_path)

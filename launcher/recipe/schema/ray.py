@@ -61,8 +61,6 @@ def address_problem(address: str) -> tuple[str, str] | None:
     expected = f"http://HOST:8265 of the cluster's job server, or {LOCAL}"
     if address == LOCAL:
         return None
-    if address == "auto":  # Ray's own word
-        return expected, f"Use http://127.0.0.1:8265 for the cluster that runs here, or {LOCAL} for a fresh one."
     try:
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port
