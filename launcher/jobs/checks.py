@@ -179,6 +179,9 @@ def _hcas(node: Facts, needs: Needs | None) -> Iterator[Finding]:
 def _disk(node: Facts, needs: Needs | None) -> Iterator[Finding]:
     disk = node["disk"]
     there = f"{size(disk['free'])} free on {disk['mount']} ({disk['type']})"
+    if disk["total"] == 0:  # no disk, as /proc: whether it can be written is seen when it is
+        yield _ok("disk", f"{disk['mount']} ({disk['type']}) tells no size")
+        return
     if needs is None or needs.checkpoint is None:
         yield _ok("disk", there)
         return

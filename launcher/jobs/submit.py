@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.jobs import snapshot, submissions, targets
-from launcher.jobs.asking import ask_one
+from launcher.jobs.asking import ask_one, settled
 from launcher.jobs.job import ACTIVE, Finding, Job
 from launcher.jobs.opening import open_run, owned, run_directory
 from launcher.jobs.preparation import agrees
@@ -117,7 +117,7 @@ def require_idle(run: RunDirectory, place: Path) -> None:
     job = submissions.latest(place)
     if job is None:
         return
-    status = ask_one(job)
+    status = settled(job) or ask_one(job)  # the target may still be tidying up
     if status.state == "unknown" and current_owner(run)[1]:
         status = type(status)("running", status.reason)
     if status.state in ACTIVE:

@@ -227,7 +227,7 @@ def test_force_goes_on_with_other_data(recipe):
         (["cluster.env=[NOT_SET_ANYWHERE]"], ["NOT_SET_ANYWHERE", "not set"]),
         (["cluster.env=[NOT_SET_ANYWHERE]", "cluster.setup=['true']"], ["cluster.setup has run without exporting"]),
         (["cluster.setup=['echo no such module >&2; exit 4']"], ["cluster.setup failed with 4", "no such module"]),
-        (["cluster.nodes=2"], ["launcher render"]),
+        (["cluster.nodes=2"], ["launcher run RECIPE --node-rank I --rendezvous HOST:PORT"]),
         (["run.dir=/proc/nowhere"], ["/proc/nowhere", "cannot be written"]),
     ],
 )

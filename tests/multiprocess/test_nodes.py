@@ -18,7 +18,7 @@ from tests.netns import Machines
 
 pytestmark = [pytest.mark.gloo, pytest.mark.slow]
 
-STEPS = 60
+STEPS = 200
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,8 @@ def test_a_killed_worker_ends_the_others_and_a_restart_of_the_job_goes_on(machin
     assert (attempts(run)[0].end_class, read_verdict(run)) == ("node", "requeue")
 
     second = workers(machines, pair, "killed", restart=1)
-    until("some steps", lambda: len(attempts(run)) == 2 and read_state(run).step)
+    until("a rank of node 1", lambda: ranks_of(second[1].pid))
+    freeze(second[1])  # so that they are still at it
     second[0].kill()
     finish(second[1], code=75)
     assert read_verdict(run) is None  # who would have written it is dead
