@@ -24,7 +24,7 @@ _POLL_S = 1.0  # an empty answer after that long
 _LINES = 1000  # in one answer
 _WORKER = (  # in the agent's child: it dies with the agent, and gets the signals that Ray's own processes block
     "import signal, sys; from launcher.jobs.tether import die_with_parent; die_with_parent(int(sys.argv.pop(1))); "
-    "signal.pthread_sigmask(signal.SIG_SETMASK, ()); from launcher.cli import main; main()"
+    "signal.pthread_sigmask(signal.SIG_SETMASK, ()); from launcher.cli import entry; entry()"
 )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,26 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(recipe: Path):
     out, _ = finish(launcher("resume", run.path, "train.max_steps=8"), code=1)
     assert out.count("Traceback (most recent call last)") == 1
     assert "KeyError: 'run_id'" in out.splitlines()[-3]  # then its verdict, and where the logs are
+
+
+_IN_A_STORE = """
+import sys, threading
+from datetime import timedelta
+from torch.distributed import TCPStore
+import launcher.cli as cli
+
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+
+def main():
+    threading.Thread(target=lambda: store.get("never set"), daemon=True).start()
+    sys.exit(2)
+
+cli.main = main
+cli.entry()
+"""
+
+
+def test_a_thread_that_waits_in_torchs_store_does_not_change_the_exit_code():
+    """Left to the interpreter's shutdown, it aborts the process now and then (SIGABRT)."""
+    ended = [subprocess.run([sys.executable, "-c", _IN_A_STORE], capture_output=True, text=True) for _ in range(3)]
+    assert [(done.returncode, done.stderr) for done in ended] == [(2, "")] * 3
