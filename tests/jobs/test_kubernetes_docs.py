@@ -100,6 +100,7 @@ def test_the_claim_is_one_for_kubernetes():
     kubernetes_validate.validate(claim, kubernetes_validate.latest_version(), strict=True)
 
 
+@pytest.mark.slow
 def test_the_pip_lines_of_the_dockerfile_resolve_against_this_checkout():
     """pip resolves them, extras and constraints included, against what is installed here; nothing is fetched."""
     text = re.search(r"```dockerfile\n(.*?)```", PAGE, flags=re.DOTALL)

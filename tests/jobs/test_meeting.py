@@ -17,6 +17,8 @@ from launcher.jobs.meeting import Away, Stopped, host, join
 from launcher.jobs.signals import Signals
 from tests.ranks import free_port
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def node():

@@ -292,6 +292,7 @@ def test_each_task_of_srun_reads_its_own_variables(site):
     assert said.strip() == f"3 1 4 2 1 10007 -m launcher.trainer {run}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
 def test_a_signal_becomes_a_request_that_a_start_cannot_lose(site, name):
     """The worker takes a first request back, as a start does; the script repeats it while the step lives."""

@@ -17,6 +17,8 @@ import pytest
 from launcher.cli import main
 from tests.jobs.make import finish, launcher, project
 
+pytestmark = pytest.mark.slow
+
 KUBERNETES = ["--target", "kubernetes", "run.dir=/shared/runs"]
 PODS = [*KUBERNETES, "cluster.kubernetes.image=a/b:1", "cluster.kubernetes.claim=training", "model.tokenizer=org/name",
         "data.train=[{path: org/data}]", "data.cache_dir=null"]  # fmt: skip
