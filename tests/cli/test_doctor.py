@@ -188,6 +188,7 @@ def test_looking_imports_nothing_heavy_before_it_is_needed():
     assert not {"torch", "deepspeed", "transformers", "numpy"} & set(loaded)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_a_machine_without_a_compiler_is_told_so_and_no_traceback(tmp_path: Path):
     done = script("--build-ops", folder=tmp_path, path=str(tmp_path))

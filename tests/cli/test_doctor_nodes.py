@@ -113,6 +113,7 @@ def test_a_recipe_whose_checkpoints_find_no_space_is_bad(
     assert named(capsys.readouterr().out)["disk"]["state"] == "bad"
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_come_is_said_and_ends_with_1_as_of_run(monkeypatch, capsys):
     monkeypatch.setattr(nodes, "JOIN_TIMEOUT_S", 1)
     with pytest.raises(SystemExit) as left:

@@ -241,6 +241,7 @@ def test_cancel_ends_one_element_and_takes_no_offence_at_an_ended_job(site):
         slurm.cancel(job(site.folder, id="40_2"))
 
 
+@pytest.mark.slow
 def test_cancel_waits_for_the_checkpoint_of_a_run_that_trains(site):
     """squeue writes the verdict when it is asked for the third time, as if the worker had."""
     one = job(site.folder, stop_lead_s="300")

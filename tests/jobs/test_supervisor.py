@@ -98,6 +98,7 @@ def test_a_stop_while_the_data_is_prepared_has_no_checkpoint_and_says_that_nothi
     assert json.loads(run.state_file.read_text())["status"] == "preempted"
 
 
+@pytest.mark.slow
 def test_an_end_that_cannot_be_written_is_one_line_and_the_exit_code_stays(run, capsys):
     run.ledger_file.unlink()
     run.ledger_file.mkdir()

@@ -192,6 +192,7 @@ def test_the_job_that_one_machine_would_start_at_once_is_refused(site):
         submit(site, "optimizer.lr=1e-2,1e-3", target="torchrun")
 
 
+@pytest.mark.slow
 def test_the_verb(site):
     recipe = project(site.folder, cluster=SLURM)
     env = {"PATH": site.path}
@@ -218,6 +219,7 @@ def test_the_verb(site):
     assert "optimizer.lr" in error
 
 
+@pytest.mark.slow
 def test_the_verb_render(site):
     recipe, folder = project(site.folder, cluster=SLURM), site.folder / "job"
     sweep = ("render", recipe, "--sweep", "optimizer.lr=1e-2,1e-3")
