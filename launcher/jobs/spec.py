@@ -24,14 +24,8 @@ class JobSpec:
 
     name: of the run
     run: its directory, absolute, as the nodes see it
-    cluster: the recipe's section, of which a target reads its own keys
-    nodes, nproc_per_node: machines and ranks on each
-    argv: what each rank runs, without the interpreter
+    cluster: the recipe's section: the machines, and the keys of each target
     env: settings that every process gets, never secrets
-    env_names: variables that must be set where the job starts; their values are never read here
-    setup: shell lines run first on each node
-    time_limit_min: minutes after which the run stops as if preempted; None: never
-    stop_lead_s: seconds before that limit at which it is asked to, and what a preempted one is given
     files: name to text, stored beside what a target renders
     accelerate: what Accelerate's configuration file says of this job, for the target that writes one
     code: folder of the copied code that the job runs from (`launcher.jobs.snapshot`); None: what is installed
@@ -41,18 +35,46 @@ class JobSpec:
     name: str
     run: str = ""
     cluster: Cluster = field(default_factory=Cluster)
-    nodes: int
-    nproc_per_node: int
-    argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
-    env_names: tuple[str, ...] = ()
-    setup: tuple[str, ...] = ()
-    time_limit_min: int | None = None
-    stop_lead_s: int = 300
     files: Mapping[str, str] = field(default_factory=dict)
     accelerate: Mapping[str, Any] = field(default_factory=dict)
     code: str | None = None
     submission: int = 1
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return self.cluster.nodes
+
+    @property
+    def nproc_per_node(self) -> int:
+        """Ranks on each machine."""
+        return self.cluster.nproc_per_node
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """What each rank runs, without the interpreter."""
+        return ("-m", "launcher.trainer", self.run)
+
+    @property
+    def env_names(self) -> tuple[str, ...]:
+        """Variables that must be set where the job starts; their values are never read here."""
+        return tuple(self.cluster.env)
+
+    @property
+    def setup(self) -> tuple[str, ...]:
+        """Shell lines run first on each node."""
+        return tuple(self.cluster.setup)
+
+    @property
+    def time_limit_min(self) -> int | None:
+        """Minutes after which the run stops as if preempted; None: never."""
+        return self.cluster.time_limit_min
+
+    @property
+    def stop_lead_s(self) -> int:
+        """Seconds before that limit at which it is asked to, and what a preempted one is given."""
+        return stop_lead_s(self.cluster)
 
     @property
     def code_lines(self) -> tuple[str, ...]:
@@ -88,32 +110,14 @@ def job_spec(recipe: Recipe, plan: Plan) -> JobSpec:
         "plan.json": json.dumps(plan.to_dict(), indent=2) + "\n",
         settings_file(recipe): json.dumps(engine_settings(recipe, plan), indent=2) + "\n",
     }
-    return replace(
-        bare_spec(recipe),
-        nodes=plan.nodes,
-        nproc_per_node=plan.nproc_per_node,
-        files=files,
-        accelerate=accelerate.config(recipe, plan),
-    )
+    return replace(bare_spec(recipe), files=files, accelerate=accelerate.config(recipe, plan))
 
 
 def bare_spec(recipe: Recipe) -> JobSpec:
     """The job without what follows from the plan: enough to say what a target cannot do, of a faulty recipe too."""
     name = recipe.run.name or ""
     run = str(Path(recipe.run.dir, name).absolute())
-    return JobSpec(
-        name=name,
-        run=run,
-        cluster=recipe.cluster,
-        nodes=recipe.cluster.nodes,
-        nproc_per_node=recipe.cluster.nproc_per_node,
-        argv=("-m", "launcher.trainer", run),
-        env=_environment(recipe),
-        env_names=tuple(recipe.cluster.env),
-        setup=tuple(recipe.cluster.setup),
-        time_limit_min=recipe.cluster.time_limit_min,
-        stop_lead_s=stop_lead_s(recipe.cluster),
-    )
+    return JobSpec(name=name, run=run, cluster=recipe.cluster, env=_environment(recipe))
 
 
 def _environment(recipe: Recipe) -> dict[str, str]:

@@ -39,9 +39,8 @@ def spec(
         slurm=Slurm(container=container or Container(), **keys),
     )  # fmt: skip
     return JobSpec(
-        name=name, run=str(run), cluster=cluster, nodes=nodes, nproc_per_node=ranks,
-        argv=("-m", "launcher.trainer", str(run)), env=env or {}, env_names=env_names, setup=setup,
-        time_limit_min=minutes, stop_lead_s=lead_s, files={"recipe.yaml": "{}\n", "plan.json": "{}\n"},
+        name=name, run=str(run), cluster=cluster, env=env or {},
+        files={"recipe.yaml": "{}\n", "plan.json": "{}\n"},
     )  # fmt: skip
 
 

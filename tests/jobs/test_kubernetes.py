@@ -39,16 +39,18 @@ FULL = Kubernetes(
     node_selector={"gpu": "h100"}, labels={"team": "a"}, annotations={"example.com/note": "it's ours"},
     tolerations=[{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
 )  # fmt: skip
+MACHINES = Cluster(
+    target="kubernetes", nodes=2, nproc_per_node=8, env=["HF_TOKEN", "WANDB_API_KEY"], time_limit_min=720
+)  # fmt: skip
 SPEC = JobSpec(
-    name="llama3.1-8b", run="/shared/runs/llama3.1-8b", nodes=2, nproc_per_node=8, argv=(),
-    env={"NCCL_DEBUG": "WARN", "MESSAGE": "it's $(HOSTNAME)"}, env_names=("HF_TOKEN", "WANDB_API_KEY"),
-    time_limit_min=720, stop_lead_s=300, files={"recipe.yaml": "# Resolved.\n{}\n"}, submission=3,
+    name="llama3.1-8b", run="/shared/runs/llama3.1-8b", env={"NCCL_DEBUG": "WARN", "MESSAGE": "it's $(HOSTNAME)"},
+    files={"recipe.yaml": "# Resolved.\n{}\n"}, submission=3, cluster=MACHINES,
 )  # fmt: skip
 
 
 def spec_of(kind: str, **changes: Any) -> JobSpec:
     k8s = replace(FULL, kind=kind, **changes)  # type: ignore[arg-type]
-    return replace(SPEC, cluster=Cluster(target="kubernetes", nodes=2, nproc_per_node=8, kubernetes=k8s))
+    return replace(SPEC, cluster=replace(MACHINES, kubernetes=k8s))
 
 
 def job_of(spec: JobSpec) -> dict[str, Any]:
@@ -418,7 +420,9 @@ def test_without_a_queue_nothing_is_suspended_and_the_priority_is_the_pods():
 
 
 def test_a_name_of_cluster_env_comes_from_the_secret_even_where_we_would_set_it():
-    env = variables(node_pod(replace(spec_of("jobset"), env_names=("HF_HOME",)))["spec"]["containers"][0])
+    spec = spec_of("jobset")
+    named = replace(spec, cluster=replace(spec.cluster, env=["HF_HOME"]))
+    env = variables(node_pod(named)["spec"]["containers"][0])
     assert env["HF_HOME"] == {"secretKeyRef": {"name": "launcher-env", "key": "HF_HOME"}}
 
 
@@ -563,7 +567,7 @@ def test_rendering_imports_no_client_no_pydantic_and_no_torch():
 
     code = (
         "import sys\nfrom launcher.jobs.targets import kubernetes\nfrom launcher.jobs.spec import JobSpec\n"
-        "spec = JobSpec(name='a', run='/shared/a', nodes=1, nproc_per_node=1, argv=())\n"
+        "spec = JobSpec(name='a', run='/shared/a')\n"
         "list(kubernetes.problems(spec)), kubernetes.render(spec)\nprint(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -43,11 +43,8 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
 
 def spec_of(kind: str = "jobset", **changes: Any) -> JobSpec:
     k8s = Kubernetes(kind=kind, image="team/launcher:1", claim="runs", secret="launcher-env", **changes)  # type: ignore[arg-type]
-    cluster = Cluster(target="kubernetes", nodes=2, nproc_per_node=8, kubernetes=k8s)
-    return JobSpec(
-        name="big", run="/shared/runs/big", cluster=cluster, nodes=2, nproc_per_node=8, argv=(),
-        env_names=("HF_TOKEN",), files={"recipe.yaml": "{}\n"},
-    )  # fmt: skip
+    cluster = Cluster(target="kubernetes", nodes=2, nproc_per_node=8, env=["HF_TOKEN"], kubernetes=k8s)
+    return JobSpec(name="big", run="/shared/runs/big", cluster=cluster, files={"recipe.yaml": "{}\n"})
 
 
 def submitted(spec: JobSpec, folder: Path) -> Job:

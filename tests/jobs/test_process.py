@@ -18,6 +18,7 @@ from launcher.jobs.spec import JobSpec, Rendered
 from launcher.jobs.submissions import record
 from launcher.jobs.submit import require_idle
 from launcher.jobs.targets import find, process
+from launcher.recipe.schema import Cluster
 from launcher.run.control import request_stop
 from launcher.run.directory import RunDirectory
 from launcher.run.lease import Submission, hold_lease
@@ -27,7 +28,7 @@ from launcher.run.state import write_state
 from tests.jobs.make import until
 from tests.run.make import make_run
 
-SPEC = JobSpec(name="demo", run="/runs/demo", nodes=1, nproc_per_node=2, argv=("-m", "launcher.trainer", "/runs/demo"))
+SPEC = JobSpec(name="demo", run="/runs/demo", cluster=Cluster(nproc_per_node=2))
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_variables_of_another_job_do_not_reach_this_one(script, monkeypatch):
 
 def test_several_nodes_are_refused_with_what_a_person_types_on_each(tmp_path):
     for name in ("torchrun", "accelerate"):
-        target, spec = find(name), replace(SPEC, nodes=2)
+        target, spec = find(name), replace(SPEC, cluster=Cluster(nodes=2))
         with pytest.raises(UserError, match=r"cluster.nodes = 2: expected 1") as refused:
             target.submit(spec, target.render(spec), tmp_path)
         assert "on node 1: LAUNCHER_RENDEZVOUS=HOST:PORT bash node-1.sh" in str(refused.value)
@@ -177,7 +178,7 @@ def test_several_nodes_are_refused_with_what_a_person_types_on_each(tmp_path):
 
 def test_a_variable_that_is_not_set_is_said_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.delenv("A_SECRET", raising=False)
-    spec = replace(SPEC, env_names=("A_SECRET",))
+    spec = replace(SPEC, cluster=Cluster(env=["A_SECRET"]))
     with pytest.raises(UserError, match=r"cluster.env: A_SECRET not set"):
         process.start(spec, Rendered({}, ""), tmp_path, target="torchrun")
     assert list(tmp_path.iterdir()) == []

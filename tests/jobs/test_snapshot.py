@@ -47,7 +47,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def spec(folder: Path, **more) -> JobSpec:
     cluster = Cluster(snapshot=True)
     run = str(folder / "runs" / "r")
-    return JobSpec(name="r", run=run, nodes=1, nproc_per_node=1, argv=("-m", "x"), cluster=cluster, **more)
+    return JobSpec(name="r", run=run, cluster=cluster, **more)
 
 
 def copied(repository: Path) -> tuple[JobSpec, Path]:
@@ -144,7 +144,7 @@ def test_the_script_makes_python_look_through_the_copy_first_and_says_where_it_i
 
 
 def test_without_the_key_nothing_is_planned(tmp_path):
-    job = JobSpec(name="r", nodes=1, nproc_per_node=1, argv=("-m", "x"))
+    job = JobSpec(name="r")
     assert snapshot.planned(job) is job
     assert job.code_lines == ()
 

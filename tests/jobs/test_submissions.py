@@ -13,7 +13,7 @@ from launcher.jobs.job import Job
 from launcher.jobs.spec import JobSpec
 from launcher.recipe.schema import Cluster
 
-SPEC = JobSpec(name="demo", run="/shared/runs/demo", nodes=1, nproc_per_node=1, argv=())
+SPEC = JobSpec(name="demo", run="/shared/runs/demo")
 
 
 def job(folder: Path, id: str = "7") -> Job:

@@ -22,15 +22,16 @@ BY_HAND = ("torchrun", "accelerate")  # a script a node
 GOLDEN = Path(__file__).parent / "golden"
 
 ONE_NODE = JobSpec(
-    name="tiny", run="/runs/with space/tiny", nodes=1, nproc_per_node=2,
-    argv=("-m", "launcher.trainer", "/runs/with space/tiny"),
+    name="tiny", run="/runs/with space/tiny", cluster=Cluster(nproc_per_node=2),
     files={"recipe.yaml": "{}\n"},
 )  # fmt: skip
 TWO_NODES = JobSpec(
-    name="big", run="/shared/runs/big", nodes=2, nproc_per_node=8, argv=("-m", "launcher.trainer", "/shared/runs/big"),
-    env={"NCCL_DEBUG": "WARN", "MESSAGE": "it's"}, env_names=("WANDB_API_KEY", "HF_TOKEN"),
-    setup=("module load cuda/13", "source /opt/venv/bin/activate"), time_limit_min=60,
-    stop_lead_s=300, files={"recipe.yaml": "{}\n"},
+    name="big", run="/shared/runs/big", env={"NCCL_DEBUG": "WARN", "MESSAGE": "it's"},
+    files={"recipe.yaml": "{}\n"},
+    cluster=Cluster(
+        nodes=2, nproc_per_node=8, env=["WANDB_API_KEY", "HF_TOKEN"], time_limit_min=60,
+        setup=["module load cuda/13", "source /opt/venv/bin/activate"],
+    ),
 )  # fmt: skip
 
 

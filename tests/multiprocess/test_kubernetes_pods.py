@@ -20,20 +20,12 @@ from launcher.plan import make_plan
 from launcher.recipe.check import load
 from launcher.run.ledger import attempts, valid_checkpoints
 from launcher.run.state import read_state
-from tests import netns
 from tests.jobs.make import finish, launcher, losses, project, run_of, tensors_of, until
 from tests.netns import Machines
 
 pytestmark = [pytest.mark.gloo, pytest.mark.slow]
 
 STEPS = 40
-
-
-@pytest.fixture(scope="module")
-def machines():
-    netns.require()
-    with Machines(2) as made:
-        yield made
 
 
 def manifest(recipe: Path, *changes: str) -> list[dict[str, Any]]:

@@ -12,20 +12,12 @@ import pytest
 from launcher.run.control import read_verdict, stop_requested
 from launcher.run.ledger import attempts, valid_checkpoints
 from launcher.run.state import read_state
-from tests import netns
 from tests.jobs.make import finish, launcher, lives, losses, project, ranks_of, run_of, tensors_of, until
 from tests.netns import Machines
 
 pytestmark = [pytest.mark.gloo, pytest.mark.slow]
 
 STEPS = 200
-
-
-@pytest.fixture(scope="module")
-def machines():
-    netns.require()
-    with Machines(2) as made:
-        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -97,17 +97,20 @@ class Site:
     @functools.cached_property
     def whole(self) -> RunDirectory:
         """The same training without Slurm and without interruption, 4 ranks on this machine."""
-        changes = ("run.name=whole", "cluster.nodes=1", "cluster.nproc_per_node=4", "cluster.setup=[]")
-        self.call("run", self.recipe, *changes)
-        return self.run("whole")
+        return self.alone("whole", "cluster.nproc_per_node=4")
 
-    def assert_exact(self, name: str) -> None:
+    def alone(self, name: str, *changes: str) -> RunDirectory:
+        """A run without Slurm and without interruption on this machine."""
+        self.call("run", self.recipe, f"run.name={name}", "cluster.nodes=1", "cluster.setup=[]", *changes)
+        return self.run(name)
+
+    def assert_exact(self, name: str, whole: RunDirectory | None = None) -> None:
         """A run has ended as if nothing had happened to it: every loss, and all weights and moments, bit for bit."""
-        run = self.run(name)
-        assert losses(run) == losses(self.whole)
-        last = valid_checkpoints(run)[-1]
-        assert last.step == STEPS
-        assert tensors_of(last.path) == tensors_of(valid_checkpoints(self.whole)[-1].path)
+        run, whole = self.run(name), whole or self.whole
+        assert losses(run) == losses(whole)
+        last, reference = valid_checkpoints(run)[-1], valid_checkpoints(whole)[-1]
+        assert last.step == reference.step == max(losses(whole))
+        assert tensors_of(last.path) == tensors_of(reference.path)
 
     def tidy(self) -> None:
         """No job, no held run and no missing node is left to the next test."""

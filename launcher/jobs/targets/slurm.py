@@ -132,7 +132,7 @@ def render_sweep(specs: Sequence[JobSpec], *, name: str) -> Rendered:
 
 def _without_names(spec: JobSpec) -> JobSpec:
     """What the runs of a sweep share."""
-    return replace(spec, name="", run="", argv=(), files={}, accelerate={}, submission=0)
+    return replace(spec, name="", run="", files={}, accelerate={}, submission=0)
 
 
 def element_file(name: str, number: int) -> str:
