@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.data.formats.examples import Chat, Completion, Example, Labelled, Note, Pair, Skip, Text, Tokens
 from launcher.errors import UserError, nearest
 from launcher.recipe.schema.data import Source
+
+__all__ = ["Chat", "Completion", "Example", "Format", "Labelled", "Note", "Pair", "Skip", "Text", "Tokens", "choose"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # format -> (columns a record must have, columns it may have)
@@ -33,31 +36,6 @@ _NOT_READ_IN_MESSAGE = ("tool_calls", "images", "train", "weight", "reasoning_co
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
-    """Messages of {role, content}, in order; rendered by the chat template."""
-
-    messages: list[dict[str, str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A prompt and what follows it; no template."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Plain text; no template."""
-
-    text: str
-
-
-Example = Chat | Completion | Text
-
-
-@dataclass(frozen=True, slots=True)
 class Format:
     """How the records of one source are read.
 
@@ -71,8 +49,9 @@ class Format:
     columns: Mapping[str, str]
     tags: Mapping[str, str]
     recognised: bool
+    warnings: list[str] = field(default_factory=list)
 
-    def read(self, record: Mapping[str, Any]) -> Example:
+    def read(self, record: Mapping[str, Any], note: Note = lambda reason: None) -> Example:
         """One record as an example.
 
         Raises:
@@ -81,7 +60,9 @@ class Format:
         return _READERS[self.name](self, record)
 
 
-def choose(source: Source, columns: Sequence[str], first: Mapping[str, Any]) -> Format:
+def choose(
+    source: Source, columns: Sequence[str], first: Mapping[str, Any], placeholders: Mapping[str, str] | None = None
+) -> Format:
     """The format of a source: what the recipe says, or what the columns of its first record show.
 
     Raises:
