@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -63,9 +65,10 @@ class Machines:
         return process
 
     def end(self) -> None:
-        """Kill the `launcher` processes that are left."""
+        """Kill the `launcher` processes that are left, and those they left, which would keep their pipes open."""
         for process in self._started:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
         self._started.clear()
 

@@ -64,6 +64,12 @@ class Agent:
         """Wait for the end, so long at most."""
         self._thread.join(timeout_s)
 
+    def kill_ranks(self) -> None:
+        """End this node's ranks at once, also one that is stopped or has only just begun."""
+        for process in RankProcess.started[self._first :]:
+            if process.is_alive():
+                process.terminate()
+
     def failures(self) -> dict[int, str]:
         """Rank to how it ended, of this node's ranks that failed and were not ended by us; empty when all ended well.
 

@@ -384,6 +384,7 @@ def _end_ranks(agent: Agent, *, grace_s: float) -> None:
     for _ in ticks(lambda: agent.done() or time.monotonic() >= until):
         pass
     if not agent.done():
+        agent.kill_ranks()
         warm.stop()
         agent.join(timeout_s=5)
 
