@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import click
+
+from launcher.errors import UserError
 
 
 @click.command(short_help="Show rows as tokens, with trained tokens and document borders visible.")
@@ -13,12 +17,13 @@ import click
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @click.option("-n", "--rows", default=3, show_default=True, type=click.IntRange(min=1), help="How many rows.")
 @click.option("--json", "as_json", is_flag=True, help="Print rows and counts as one object (docs/data.md).")
-def command(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> None:
+@click.option("--html", metavar="FILE", help="Write a page for a browser instead; it needs no network.")
+def command(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html: str | None) -> None:
     """Show the first rows that training will see; prepares the data if need be, trains nothing.
 
-    Trained tokens are green on a terminal, and stand between [[ and ]] elsewhere.
+    Trained tokens are green on a terminal, and stand between [[ and ]] elsewhere; a weight other than 1 follows them.
 
-    example: launcher preview recipes/tiny-cpu.yaml -n 1
+    example: launcher preview recipes/tiny-cpu.yaml -n 1 --html rows.html
     """
     from launcher.cli.prepare import progress_shown, summary
     from launcher.jobs.environment import require_train_extra
@@ -35,7 +40,20 @@ def command(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -
     if as_json:
         click.echo(json.dumps(shown, indent=1))
         return
-    for line in lines(shown, colour=sys.stdout.isatty()):
-        click.echo(line)
+    if html is not None:
+        _write_page(Path(html), shown, recipe)
+    else:
+        for line in lines(shown, colour=sys.stdout.isatty()):
+            click.echo(line)
     for line in summary(prepared):
         click.echo(line)
+
+
+def _write_page(path: Path, shown: dict[str, Any], recipe: str) -> None:
+    from launcher.data.page import page
+
+    try:
+        path.write_text(page(shown, name=Path(recipe).stem), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--html {path}: cannot be written: {error.strerror}.") from error
+    click.echo(f"page  {path}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,19 @@ from launcher.data.store import Document, Store
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
 from launcher.recipe.schema import Recipe
 
+SIDES = ("plain", "chosen", "rejected", "good", "bad")  # what a document is, as the store numbers it
+_LONGEST = 16  # tokens that are looked at together for one character; more are shown as what they are, broken
+_TURNS = {*"\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}  # characters that reverse a line
+_JOINERS = {"\u200c", "\u200d"}  # inside words and emoji they belong there
+
 
 def preview(recipe: Recipe, prepared: Prepared, *, rows: int) -> dict[str, Any]:
     """The first rows that training will see.
 
     Returns:
-        {"rows": [{"row": id, "documents": [{"source", "record", "tokens": [{"id", "text", "trained", "weight"}]}]}],
-        "stats": the train entry of data.json with seq_len}; `trained` says that the token counts in the loss.
+        {"rows": [{"row": id, "documents": [{"source", "record", "side", "tokens": [{"id", "text", "trained", "weight",
+        "special"}]}]}], "stats": the train entry of data.json with seq_len}; `trained` says that the token counts in
+        the loss; a character that several tokens make is the text of the first, and the others have none.
     """
     store = Store.open(Path(prepared.train["store"]))
     tokenizer = prepared.tokenizer
@@ -33,32 +40,108 @@ def preview(recipe: Recipe, prepared: Prepared, *, rows: int) -> dict[str, Any]:
 
 
 def lines(shown: dict[str, Any], *, colour: bool) -> Iterator[str]:
-    """The rows as text: trained tokens green, or between [[ and ]] without colour; a bar between tokens."""
+    """The rows as text: trained tokens green, or between [[ and ]] without colour; a bar between tokens.
+
+    A weight other than 1 follows its tokens, as `x0.5`; a pair's documents say which is chosen and which rejected.
+    """
     for row in shown["rows"]:
         tokens = sum(len(document["tokens"]) for document in row["documents"])
         yield f"row {row['row']}: {tokens} tokens, {len(row['documents'])} documents"
         for document in row["documents"]:
-            trained = sum(token["trained"] for token in document["tokens"])
-            count = f"{len(document['tokens'])} tokens, {trained} trained"
-            yield f"--- {document['source']} record {document['record']}: {count}"
+            yield f"--- {title(document)}"
             yield _marked(document["tokens"], colour=colour)
         yield ""
 
 
+def title(document: dict[str, Any]) -> str:
+    """What a document is, in a line: its file and record, its side, and how much of it is trained."""
+    trained = sum(token["trained"] for token in document["tokens"])
+    side = "" if document["side"] == "plain" else f", {document['side']}"
+    counts = f"{len(document['tokens'])} tokens, {trained} trained"
+    return f"{document['source']} record {document['record']}{side}: {counts}"
+
+
+def pieces(tokens: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Tokens by the text they make together: mostly one, several where they share a character."""
+    piece: list[dict[str, Any]] = []
+    for token in tokens:
+        if token["text"] and piece:
+            yield piece
+            piece = []
+        piece.append(token)
+    if piece:
+        yield piece
+
+
+def visible(text: str, *, newline: str = "\n") -> str:
+    """Text without characters that a reader cannot see, or that change how the rest is shown."""
+    return "".join(_visible(character, text, newline) for character in text)
+
+
+def texts(ids: Sequence[int], words: Any) -> list[str]:
+    """The text of each token, read after the one before it, as some tokenizers write a space only between words.
+
+    A character that several tokens make is the text of the first of them; the others have an empty one.
+    """
+    found: list[str] = []
+    begin, before = 0, ""  # the piece read last, and its text
+    at = 0
+    while at < len(ids):
+        for end in range(at + 1, min(at + _LONGEST, len(ids)) + 1):
+            text = _decode(words, ids[begin:end])[len(before) :]
+            if text and not text.endswith("\ufffd"):
+                break
+        else:
+            end = at + 1
+            text = _decode(words, ids[begin:end])[len(before) :] or _decode(words, ids[at:end])
+        found += [text, *[""] * (end - at - 1)]
+        begin, at = at, end
+        before = _decode(words, ids[begin:at])
+    return found
+
+
 def _document(document: Document, words: Any) -> dict[str, Any]:
     tokens = []
-    for place, (token, weight) in enumerate(zip(document.tokens.tolist(), document.weights.tolist(), strict=True)):
+    ids = document.tokens.tolist()
+    special = {*words.all_special_ids, *words.added_tokens_decoder}
+    for place, (token, text, weight) in enumerate(
+        zip(ids, texts(ids, words), document.weights.tolist(), strict=True)
+    ):  # fmt: skip
         counts = place > 0 and weight > 0  # nothing comes before the first token, so it is no target
-        text = words.decode([token], clean_up_tokenization_spaces=False)
-        tokens.append({"id": token, "text": text, "trained": counts, "weight": weight if counts else 0.0})
-    return {"source": document.source, "record": document.record, "tokens": tokens}
+        tokens.append(
+            {
+                "id": token,
+                "text": text,
+                "trained": counts,
+                "weight": weight if counts else 0.0,
+                "special": token in special,
+            }
+        )
+    side = SIDES[getattr(document, "side", 0)]
+    return {"source": document.source, "record": document.record, "side": side, "tokens": tokens}
 
 
-def _marked(tokens: list[dict[str, Any]], *, colour: bool) -> str:
-    """Runs of trained tokens marked; a bar between tokens."""
+def _decode(words: Any, ids: Sequence[int]) -> str:
+    text: str = words.decode(ids, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _visible(character: str, text: str, newline: str) -> str:
+    if character == "\n":
+        return newline
+    if character == "\t":
+        return "\t"
+    category = unicodedata.category(character)
+    hidden = category in ("Cf", "Cc", "Cs") and not (character in _JOINERS and len(text) > 1)
+    return f"<U+{ord(character):04X}>" if hidden or character in _TURNS else character
+
+
+def _marked(tokens: Sequence[dict[str, Any]], *, colour: bool) -> str:
+    """Runs of tokens of one weight marked; a bar between tokens."""
     begin, end, bar = ("\x1b[32m", "\x1b[0m", "\x1b[2m|\x1b[22m") if colour else ("[[", "]]", "|")
     runs = []
-    for trained, run in groupby(tokens, key=lambda token: token["trained"]):
-        text = bar.join(token["text"] for token in run)
-        runs.append(f"{begin}{text}{end}" if trained else text)
+    for weight, run in groupby(pieces(tokens), key=lambda piece: max(token["weight"] for token in piece)):
+        text = bar.join(visible(piece[0]["text"]) for piece in run)
+        factor = "" if weight in (0, 1) else f"x{weight:g}"
+        runs.append(f"{begin}{text}{end}{factor}" if weight else text)
     return bar.join(runs)

@@ -64,8 +64,8 @@ def test_preview_json_shows_rows_documents_tokens_and_counts(recipe):
     shown = json.loads(call(preview_verb.command, recipe, "-n", "2", "--json").stdout)
     assert len(shown["rows"]) == 2
     document = shown["rows"][0]["documents"][0]
-    assert set(document) == {"source", "record", "tokens"}
-    assert set(document["tokens"][0]) == {"id", "text", "trained", "weight"}
+    assert set(document) == {"source", "record", "side", "tokens"}
+    assert set(document["tokens"][0]) == {"id", "text", "trained", "weight", "special"}
     assert "".join(t["text"] for t in document["tokens"] if t["trained"]) == f"It is {document['record']}.<|im_end|>"
     assert shown["stats"]["documents"] == 20
     assert 0 < shown["stats"]["packing_efficiency"] <= 1
