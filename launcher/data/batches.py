@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.data.order import deal, global_batch_rows
+from launcher.data.mix import Mix
+from launcher.data.order import deal
 from launcher.data.store import Store
 
 _MULTIPLE = 8  # row lengths that tensor cores like
@@ -26,8 +27,8 @@ class MicroBatch:
     weights: [B, T] float32, trained weight of that target; 0 at a document's last token and in padding
     cu_seqlens: [segments + 1] int32 over the B * T flattened tokens; a row's padding is a segment of its own
     max_seqlen: longest segment, in tokens
-    rows: ids of the rows in it; empty slots are left out
-    documents: ids of the documents in it, in order of place
+    rows: numbers of the rows in it, as the mix numbers them; empty slots are left out
+    documents: numbers of the documents in it, in order of place
     tokens: real tokens, padding not counted
     """
 
@@ -62,6 +63,7 @@ class Batches:
     """The global batches of a run as one rank sees them; any step at the same cost, so a resume needs only its number.
 
     Args:
+        mix: the sources; a store alone is a mix of one.
         micro_batch_size: rows in one forward on one rank.
         total_steps: optimizer steps of the run.
         total_rows: rows of the run, when epochs end inside a batch; None: every batch is full.
@@ -71,7 +73,7 @@ class Batches:
 
     def __init__(
         self,
-        store: Store,
+        mix: Mix | Store,
         *,
         seed: int,
         global_batch_size: int,
@@ -83,7 +85,7 @@ class Batches:
         layout: Literal["packed", "documents"] = "packed",
         pad_to: int | None = None,
     ) -> None:
-        self.store = store
+        self.mix = mix if isinstance(mix, Mix) else Mix.of([mix])
         self.total_steps = total_steps
         self._seed = seed
         self._global_batch_size = global_batch_size
@@ -102,30 +104,26 @@ class Batches:
         """
         if not 0 <= step < self.total_steps:
             raise IndexError(f"step {step} of a run of {self.total_steps} steps")
-        store = self.store
-        rows = global_batch_rows(
-            store.rows,
-            seed=self._seed,
-            step=step,
-            global_batch_size=self._global_batch_size,
-            total_rows=self._total_rows,
+        mix = self.mix
+        rows = mix.global_batch(
+            step, seed=self._seed, global_batch_size=self._global_batch_size, total_rows=self._total_rows
         )
         units, costs, slots = self._units(rows)
         mine = deal(costs, ranks=self._world_size, slots_per_rank=slots)[self._rank]
         micro = [
-            _lay(store, [units(i) if i >= 0 else None for i in chunk], pad_to=self._pad_to)
+            _lay(mix, [units(i) if i >= 0 else None for i in chunk], pad_to=self._pad_to)
             for chunk in mine.reshape(-1, self._micro_batch_size).tolist()
         ]
-        return StepBatch(micro, float(store.row_weight[rows].sum()), int(store.row_tokens[rows].sum()), rows)
+        return StepBatch(micro, float(mix.row_weight[rows].sum()), int(mix.row_tokens[rows].sum()), rows)
 
     def _units(self, rows: NDArray[np.int64]) -> tuple[Callable[[int], _Unit], NDArray[np.int64], int]:
         """What is dealt to ranks: the i-th unit, read only when asked for; the cost of each; slots on each rank."""
-        store = self.store
+        mix = self.mix
         if self._layout == "packed":
             slots = self._slots(self._global_batch_size)
-            return lambda i: (int(rows[i]), store.row_documents(int(rows[i]))), store.row_cost[rows], slots
-        units = [(int(row), np.array([d])) for row in rows for d in store.row_documents(int(row))]
-        costs = np.array([store.document_length(int(d[0])) ** 2 for _, d in units], dtype=np.int64)
+            return lambda i: (int(rows[i]), mix.row_documents(int(rows[i]))), mix.row_cost[rows], slots
+        units = [(int(row), np.array([d])) for row in rows for d in mix.row_documents(int(row))]
+        costs = mix.document_lengths(np.array([int(d[0]) for _, d in units], dtype=np.int64)) ** 2
         return units.__getitem__, costs, self._slots(len(units))
 
     def _slots(self, units: int) -> int:
@@ -144,7 +142,7 @@ def eval_batches(
         yield _lay(store, [(row, store.row_documents(row)) if row >= 0 else None for row in rows], pad_to=pad_to)
 
 
-def _lay(store: Store, slots: list[_Unit | None], *, pad_to: int | None) -> MicroBatch:
+def _lay(store: Mix | Store, slots: list[_Unit | None], *, pad_to: int | None) -> MicroBatch:
     """Documents into arrays; a slot of None becomes a row of padding, weight 0."""
     loaded = [[store.document(int(d)) for d in slot[1]] if slot else [] for slot in slots]
     longest = max(sum(len(d.tokens) for d in documents) for documents in loaded)

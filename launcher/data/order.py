@@ -24,10 +24,15 @@ def global_batch_rows(
     Returns:
         [global_batch_size] int64, or fewer at the run's end.
     """
+    position = batch_positions(step, global_batch_size=global_batch_size, total_rows=total_rows)
+    return permute(position % num_rows, num_rows, seed=seed, epoch=position // num_rows)
+
+
+def batch_positions(step: int, *, global_batch_size: int, total_rows: int | None = None) -> NDArray[np.int64]:
+    """Positions of a step's rows in the run, whose epochs are joined end to end; arguments as above."""
     first = step * global_batch_size
     end = first + global_batch_size if total_rows is None else min(first + global_batch_size, total_rows)
-    position = np.arange(first, max(end, first), dtype=np.int64)
-    return permute(position % num_rows, num_rows, seed=seed, epoch=position // num_rows)
+    return np.arange(first, max(end, first), dtype=np.int64)
 
 
 def permute(position: NDArray[np.int64], size: int, *, seed: int, epoch: NDArray[np.int64] | int) -> NDArray[np.int64]:

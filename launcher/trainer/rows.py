@@ -81,7 +81,7 @@ class Prefetch:
             micro.append(batch.pin() if self._device.type == "cuda" else batch)
         if data.weight <= 0:
             raise DataError(f"step {step}: no token of its {len(data.rows)} rows is trained. Check data.train_on.")
-        return StepRows(step, micro, data.weight, data.tokens, float(self._batches.store.row_cost[data.rows].sum()))
+        return StepRows(step, micro, data.weight, data.tokens, float(self._batches.mix.row_cost[data.rows].sum()))
 
 
 def read_guarded(read: Callable[[], _T], what: str) -> _T:
