@@ -204,7 +204,7 @@ def make_run(folder: Path, kind: str, total: int) -> tuple[Any, Any, int]:
 def make_store(folder: Path, *, count: int = 400) -> Path:
     """Packed documents of unequal lengths, a third of each a prompt."""
     from launcher.data.packing import pack
-    from launcher.data.store import Encoded, Index, open_part, write_part, write_store
+    from launcher.data.store import Encoded, Index, write_part, write_store
 
     rng = np.random.default_rng(11)
     lengths = np.clip(rng.lognormal(np.log(80), 0.8, count), 8, SEQ_LEN).astype(np.int64)
@@ -214,15 +214,9 @@ def make_store(folder: Path, *, count: int = 400) -> Path:
         weights[: length // 3] = 0
         encoded.add(rng.integers(1, CONFIG["vocab_size"], length).astype(np.uint32), weights, file=0, record=record)
     write_part(folder / "tokens", encoded, vocab_size=CONFIG["vocab_size"])
-    part = open_part(folder / "tokens")
-    index = Index(
-        part=np.zeros(count, np.int32), start=part["offsets"][:-1], length=lengths.astype(np.int32), file=part["file"],
-        record=part["record"], trained=part["trained"], weight=part["weight"],
-    )  # fmt: skip
-    offsets, order = pack(lengths, SEQ_LEN)
     write_store(
-        folder / "packed", parts=[folder / "tokens"], files=["made"], index=index, row_offsets=offsets,
-        row_documents=order, seq_len=SEQ_LEN, meta={"key": "made", "vocab_size": CONFIG["vocab_size"]},
+        folder / "packed", parts=[folder / "tokens"], files=["made"], index=Index.gather([folder / "tokens"]),
+        packings=[pack(lengths, SEQ_LEN)], seq_len=SEQ_LEN, meta={"key": "made", "vocab_size": CONFIG["vocab_size"]},
     )  # fmt: skip
     return folder / "packed"
 

@@ -214,8 +214,7 @@ def _pack(recipe: Recipe, corpus: _Corpus, folders: list[Path], path: Path, prog
         parts=[part for source in parts for part in source],
         files=[name for source in names for name in source],
         index=rows.index,
-        row_offsets=rows.row_offsets,
-        row_documents=rows.row_documents,
+        packings=[(rows.row_offsets, rows.row_documents)],
         seq_len=recipe.data.seq_len,
         meta={
             "key": corpus.key,

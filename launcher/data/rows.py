@@ -57,6 +57,9 @@ class _Documents:
     record: NDArray[Any]
     trained: NDArray[Any]
     weight: NDArray[Any]
+    first: NDArray[Any]
+    side: NDArray[Any]
+    hash: NDArray[Any]
     source: NDArray[Any]
 
     def take(self, which: NDArray[Any]) -> _Documents:
@@ -66,7 +69,7 @@ class _Documents:
         return Index(
             part=self.part.astype(np.int32), start=self.start.astype(np.int64), length=self.length.astype(np.int32),
             file=self.file.astype(np.int32), record=self.record.astype(np.int32), trained=self.trained.astype(np.int32),
-            weight=self.weight.astype(np.float64),
+            weight=self.weight.astype(np.float64), first=self.first, side=self.side, hash=self.hash,
         )  # fmt: skip
 
 
@@ -122,7 +125,7 @@ def _gather(parts: list[list[Path]], names: list[list[str]]) -> _Documents:
             columns["start"].append(np.asarray(part["offsets"][:-1]))
             columns["length"].append(np.diff(part["offsets"]))
             columns["file"].append(part["file"] + first_file)
-            for name in ("record", "trained", "weight"):
+            for name in ("record", "trained", "weight", "first", "side", "hash"):
                 columns[name].append(np.asarray(part[name]))
             columns["source"].append(np.full(count, source))
             number += 1
@@ -186,7 +189,11 @@ def _cut(
     for i in np.flatnonzero(long[origin]).tolist():
         if opened[0] != cut.part[i]:
             opened = (int(cut.part[i]), open_part(folders[int(cut.part[i])])["weights"])
-        cut.trained[i], cut.weight[i] = count_targets(opened[1][cut.start[i] : cut.start[i] + cut.length[i]])
+        targets = count_targets(
+            opened[1][cut.start[i] : cut.start[i] + cut.length[i]], np.array([0, cut.length[i]], dtype=np.int64)
+        )
+        cut.trained[i], cut.weight[i] = targets.trained[0], targets.weight[0]
+        cut.first[i] = targets.first[0]
     return cut
 
 

@@ -1,8 +1,8 @@
 """How tokenised documents and packed rows lie on disk: folders of .npy arrays, written once, opened as memory maps.
 
 Two kinds of folder. A *part* holds the documents of one shard of one source, whole. A *store* is what a rank opens: an
-index of documents (slices of parts) and of the rows that packing made of them. Parts are shared: another `seq_len` or
-another mix of sources makes a new store over the same parts.
+index of documents (slices of parts) and of the rows that packing made of them, once or several times. Parts are shared:
+another `seq_len` or another packing makes a new store over the same parts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,21 @@ from numpy.typing import NDArray
 
 from launcher.errors import UserError
 
-VERSION = 1
-_PART_ARRAYS = ("tokens", "weights", "offsets", "file", "record", "trained", "weight")
-_DOCUMENT_ARRAYS = ("part", "start", "length", "file", "record")
+VERSION = 2
+_PART_ARRAYS = (
+    "tokens", "weights", "offsets", "file", "record", "trained", "weight", "first", "side", "hash",
+)  # fmt: skip
 _ROW_ARRAYS = ("row_offsets", "row_documents", "row_tokens", "row_cost", "row_weight")
+
+
+class Side(IntEnum):
+    """What a document is to its record: plain, one of the two of a pair, or an answer labelled good or bad."""
+
+    plain = 0
+    chosen = 1
+    rejected = 2
+    good = 3
+    bad = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,70 +46,116 @@ class Document:
     weights: [length] float32, how much each token counts as a target; 0 is not trained
     source: path of the file (or id of the hub dataset) it comes from
     record: index of the record in that file, from 0
+    side: a `Side`
     """
 
     tokens: NDArray[np.uint32]
     weights: NDArray[np.float32]
     source: str
     record: int
+    side: int = Side.plain
 
 
 @dataclass(slots=True)
 class Encoded:
-    """Documents on their way to a part, in order of arrival.
+    """Documents on their way to a part, in order of arrival; the two of a pair follow one another.
 
     tokens, weights: one array a document, same lengths
     files: index into the source's list of files
     records: index of the record in its file, from 0
+    sides: a `Side` each
+    hashes: xxh3_64 of the record's text
     """
 
     tokens: list[NDArray[Any]] = field(default_factory=list)
     weights: list[NDArray[Any]] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
+    sides: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
 
-    def add(self, tokens: NDArray[Any], weights: NDArray[Any], *, file: int, record: int) -> None:
+    def add(
+        self, tokens: NDArray[Any], weights: NDArray[Any], *, file: int, record: int, side: int = 0, hash: int = 0
+    ) -> None:  # fmt: skip
         """Append one document."""
         self.tokens.append(tokens)
         self.weights.append(weights)
         self.files.append(file)
         self.records.append(record)
+        self.sides.append(side)
+        self.hashes.append(hash)
 
 
-def count_targets(weights: NDArray[Any]) -> tuple[int, float]:
-    """Trained targets of a document and the sum of their weights; the first token follows nothing and is no target."""
-    return int(np.count_nonzero(weights[1:])), float(weights[1:].sum(dtype=np.float64))
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What is trained of each document.
+
+    A document's first token follows nothing, so it is a target only where documents are not isolated; it is apart.
+
+    trained: [documents] int32, targets of a weight above 0, the first token left out
+    weight: [documents] float64, sum of those weights
+    first: [documents] float32, weight of the first token
+    """
+
+    trained: NDArray[np.int32]
+    weight: NDArray[np.float64]
+    first: NDArray[np.float32]
+
+
+def count_targets(weights: NDArray[Any], offsets: NDArray[np.int64]) -> Targets:
+    """Targets of documents whose weights lie end to end, document i from offsets[i] to offsets[i + 1]."""
+    count = offsets.size - 1
+    result = Targets(np.zeros(count, np.int32), np.zeros(count, np.float64), np.zeros(count, np.float32))
+    full = np.flatnonzero(offsets[1:] > offsets[:-1])
+    if full.size:
+        starts = offsets[:-1][full]
+        result.first[full] = weights[starts]
+        later = np.array(weights[: offsets[-1]])
+        later[starts] = 0
+        result.trained[full] = np.add.reduceat(later != 0, starts, dtype=np.int32)
+        result.weight[full] = np.add.reduceat(later, starts, dtype=np.float64)
+    return result
 
 
 def write_part(path: Path, documents: Encoded, *, vocab_size: int, meta: Mapping[str, Any] | None = None) -> None:
     """Write one shard's documents; `path` appears whole or not at all."""
     weights = np.concatenate(documents.weights) if documents.weights else np.zeros(0, np.uint8)
-    whole = bool(np.all(weights == weights.astype(np.uint8)))
+    if weights.dtype != np.uint8:
+        whole = weights.astype(np.uint8)
+        weights = whole if np.array_equal(weights, whole) else weights.astype(np.float32, copy=False)
     tokens = np.concatenate(documents.tokens) if documents.tokens else np.zeros(0, np.uint32)
-    targets = [count_targets(w) for w in documents.weights]
+    offsets = np.zeros(len(documents.tokens) + 1, dtype=np.int64)
+    np.cumsum([len(t) for t in documents.tokens], out=offsets[1:])
+    targets = count_targets(weights, offsets)
     arrays = {
-        "tokens": tokens.astype(np.uint16 if vocab_size <= 65536 else np.uint32),
-        "weights": weights.astype(np.uint8 if whole else np.float32),
-        "offsets": np.cumsum([0, *(len(t) for t in documents.tokens)], dtype=np.int64),
+        "tokens": tokens.astype(np.uint16 if vocab_size <= 65536 else np.uint32, copy=False),
+        "weights": weights,
+        "offsets": offsets,
         "file": np.array(documents.files, dtype=np.int32),
         "record": np.array(documents.records, dtype=np.int32),
-        "trained": np.array([count for count, _ in targets], dtype=np.int32),
-        "weight": np.array([weight for _, weight in targets], dtype=np.float64),
+        "trained": targets.trained,
+        "weight": targets.weight,
+        "first": targets.first,
+        "side": np.array(documents.sides, dtype=np.uint8),
+        "hash": np.array(documents.hashes, dtype=np.uint64),
     }
     _write_folder(path, arrays, "part.json", dict(meta or {}))
 
 
 @dataclass(slots=True)
 class Index:
-    """Which slice of which part each document is; what `write_store` keeps.
+    """Which slice of which part each document is; what `write_store` keeps. A cut document lies here in its pieces.
 
     part: [documents] int32, index into the store's list of parts
     start: [documents] int64, first token in that part
     length: [documents] int32, tokens
     file: [documents] int32, index into the store's list of files
     record: [documents] int32, index of the record in its file, from 0
-    trained: [documents] int32, targets of a weight above 0
+    trained: [documents] int32, targets of a weight above 0, the first token left out
     weight: [documents] float64, sum of those weights
+    first: [documents] float32, weight of the first token
+    side: [documents] uint8, a `Side` each
+    hash: [documents] uint64, of the record's text
     """
 
     part: NDArray[np.int32]
@@ -107,6 +165,37 @@ class Index:
     record: NDArray[np.int32]
     trained: NDArray[np.int32]
     weight: NDArray[np.float64]
+    first: NDArray[np.float32]
+    side: NDArray[np.uint8]
+    hash: NDArray[np.uint64]
+
+    @classmethod
+    def gather(cls, parts: Sequence[Path]) -> Index:
+        """Every document of these parts, whole."""
+        columns: dict[str, list[NDArray[Any]]] = {name: [] for name in _DOCUMENT_ARRAYS}
+        for number, folder in enumerate(parts):
+            part = open_part(folder)
+            columns["part"].append(np.full(part["record"].size, number, dtype=np.int32))
+            columns["start"].append(np.asarray(part["offsets"][:-1]))
+            columns["length"].append(np.diff(part["offsets"]).astype(np.int32))
+            for name in _DOCUMENT_ARRAYS[3:]:
+                columns[name].append(np.asarray(part[name]))
+        return cls(**{name: np.concatenate(arrays) for name, arrays in columns.items()})
+
+    def take(self, which: NDArray[Any]) -> Index:
+        """Some of the documents, by mask or by number."""
+        return Index(**{name: getattr(self, name)[which] for name in _DOCUMENT_ARRAYS})
+
+    def whole(self) -> NDArray[np.bool_]:
+        """Which entries count as a document: of the pieces of one, the first."""
+        keys = (self.file, self.record, self.side)
+        first = np.ones(self.part.size, dtype=bool)
+        first[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
+        return first
+
+
+_DOCUMENT_ARRAYS = tuple(field.name for field in fields(Index))
+Packing = tuple[NDArray[np.int64], NDArray[Any]]  # where each row begins in the second; document ids of all rows
 
 
 def write_store(
@@ -115,43 +204,44 @@ def write_store(
     parts: Sequence[Path],
     files: Sequence[str],
     index: Index,
-    row_offsets: NDArray[np.int64],
-    row_documents: NDArray[Any],
+    packings: Sequence[Packing],
     seq_len: int,
+    isolate: bool = True,
     meta: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the index of documents and rows; `path` appears whole or not at all.
 
     Args:
         parts: folders made by `write_part`; kept relative, so that the cache folder can be moved.
-        row_offsets: [rows + 1], where each row begins in `row_documents`.
-        row_documents: document ids of all rows, laid end to end; a document may occur in several rows.
+        packings: rows of the same documents, packed once or several times; as many rows in each.
+        isolate: documents of a row do not see one another; else a row is one segment and targets cross borders.
     """
-    lengths = index.length[row_documents].astype(np.int64)
-    starts = row_offsets[:-1]
-    documents = index.length.size
-    arrays: dict[str, NDArray[Any]] = {
-        "part": index.part,
-        "start": index.start,
-        "length": index.length,
-        "file": index.file,
-        "record": index.record,
-        "row_offsets": row_offsets,
-        "row_documents": row_documents.astype(np.uint32 if documents < 2**32 else np.int64),
-        "row_tokens": np.add.reduceat(lengths, starts) if starts.size else np.zeros(0, np.int64),
-        "row_cost": np.add.reduceat(lengths**2, starts) if starts.size else np.zeros(0, np.int64),
-        "row_weight": np.add.reduceat(index.weight[row_documents], starts) if starts.size else np.zeros(0),
-    }
-    tokens, rows = int(lengths.sum()), int(starts.size)
+    arrays: dict[str, NDArray[Any]] = {name: getattr(index, name) for name in _DOCUMENT_ARRAYS}
+    for number, (offsets, documents) in enumerate(packings):
+        laid = _row_arrays(index, offsets, documents, isolate=isolate)
+        arrays |= {_numbered(name, number): array for name, array in laid.items()}
+    offsets, documents = packings[0]
+    rows, tokens = offsets.size - 1, int(arrays["row_tokens"].sum(dtype=np.int64))
+    sides = np.bincount(index.side[documents][index.whole()[documents]], minlength=len(Side))
+    trained = int(index.trained[documents].sum(dtype=np.int64))
+    if not isolate:
+        trained += int(np.count_nonzero(_inner_firsts(index, offsets, documents)))
     manifest = {
         "version": VERSION,
         "rows": rows,
-        "documents": int(row_documents.size),
+        "documents": int(sides.sum()),
+        "groups": {
+            "plain": int(sides[Side.plain]),
+            "pairs": int(sides[Side.chosen]),
+            "labelled": int(sides[Side.good] + sides[Side.bad]),
+        },
         "tokens": tokens,
-        "trained_tokens": int(index.trained[row_documents].sum(dtype=np.int64)),
+        "trained_tokens": trained,
         "trained_weight": float(arrays["row_weight"].sum()),
         "packing_efficiency": tokens / (rows * seq_len) if rows else 0.0,
         "seq_len": seq_len,
+        "isolate": isolate,
+        "repack": len(packings),
         "parts": [os.path.relpath(part, path) for part in parts],
         "files": list(files),
         **(meta or {}),
@@ -159,11 +249,46 @@ def write_store(
     _write_folder(path, arrays, "store.json", manifest)
 
 
+def _row_arrays(
+    index: Index, offsets: NDArray[np.int64], documents: NDArray[Any], *, isolate: bool
+) -> dict[str, NDArray[Any]]:  # fmt: skip
+    lengths = index.length[documents].astype(np.int64)
+    weights = index.weight[documents] if isolate else index.weight[documents] + _inner_firsts(index, offsets, documents)
+    tokens = _sums(lengths, offsets)
+    return {
+        "row_offsets": offsets,
+        "row_documents": documents.astype(np.uint32 if index.part.size < 2**32 else np.int64),
+        "row_tokens": tokens,
+        "row_cost": _sums(lengths**2, offsets) if isolate else tokens**2,
+        "row_weight": _sums(weights, offsets),
+    }
+
+
+def _inner_firsts(index: Index, offsets: NDArray[np.int64], documents: NDArray[Any]) -> NDArray[np.float64]:
+    """Weight of each document's first token where another one of the row comes before it, else 0."""
+    firsts = index.first[documents].astype(np.float64)
+    firsts[offsets[:-1]] = 0
+    return firsts
+
+
+def _sums(values: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[Any]:
+    """Sum over each row; no row is empty."""
+    sums: NDArray[Any] = np.add.reduceat(values, offsets[:-1]) if offsets.size > 1 else values[:0]
+    return sums
+
+
+def _numbered(name: str, packing: int) -> str:
+    return f"{name}-{packing}" if packing else name
+
+
 class Store:
     """Rows and documents of one store, read on demand; opening costs the same for ten rows and for a thousand million.
 
+    rows: of one packing
+    packings: how many packings there are; this is number 0, `packing` gives the others
+    isolate: whether documents of a row see nothing of one another
     row_tokens: [rows] int64, tokens of each row
-    row_cost: [rows] int64, sum of the squared document lengths, which is what attention costs
+    row_cost: [rows] int64, sum of the squared segment lengths, which is what attention costs
     row_weight: [rows] float64, sum of the weights of trained targets
     """
 
@@ -171,11 +296,14 @@ class Store:
         self.path = path
         self.manifest = manifest
         self.rows: int = manifest["rows"]
+        self.packings: int = manifest["repack"]
+        self.isolate: bool = manifest["isolate"]
         self.row_tokens = arrays["row_tokens"]
         self.row_cost = arrays["row_cost"]
         self.row_weight = arrays["row_weight"]
         self._arrays = arrays
         self._parts: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
+        self._packings: dict[int, Store] = {0: self}
 
     @classmethod
     def open(cls, path: Path | str) -> Store:
@@ -193,15 +321,36 @@ class Store:
             raise UserError(f"{path}: a store of version {manifest['version']}, expected {VERSION}. Prepare it again.")
         return cls(path, manifest, {name: _open(path / f"{name}.npy") for name in (*_DOCUMENT_ARRAYS, *_ROW_ARRAYS)})
 
+    def packing(self, number: int) -> Store:
+        """The same documents in the rows of packing `number` modulo `packings`; opened on first use."""
+        number %= self.packings
+        if number not in self._packings:
+            rows = {name: _open(self.path / f"{_numbered(name, number)}.npy") for name in _ROW_ARRAYS}
+            view = Store(self.path, self.manifest, {**self._arrays, **rows})
+            view._parts, view._packings = self._parts, self._packings
+            self._packings[number] = view
+        return self._packings[number]
+
+    @property
+    def index(self) -> Index:
+        """Every document at once, as memory maps; for statistics and comparisons of whole stores."""
+        return Index(**{name: self._arrays[name] for name in _DOCUMENT_ARRAYS})
+
+    @property
+    def num_documents(self) -> int:
+        """Entries of the index; a document that was cut has one for each piece."""
+        return int(self._arrays["length"].size)
+
     def row_documents(self, row: int) -> NDArray[np.int64]:
         """Ids of the documents of a row, in the order they lie in it."""
         begin, end = (int(x) for x in self._arrays["row_offsets"][row : row + 2])
         ids: NDArray[np.int64] = self._arrays["row_documents"][begin:end].astype(np.int64)
         return ids
 
-    def document_length(self, document: int) -> int:
-        """Tokens of one document."""
-        return int(self._arrays["length"][document])
+    def document_lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of each document."""
+        lengths: NDArray[np.int64] = self._arrays["length"][documents].astype(np.int64)
+        return lengths
 
     def document(self, document: int) -> Document:
         """One document's tokens and weights, and where it comes from."""
@@ -214,6 +363,7 @@ class Store:
             weights=weights[span].astype(np.float32, copy=False),
             source=self.manifest["files"][int(arrays["file"][document])],
             record=int(arrays["record"][document]),
+            side=int(arrays["side"][document]),
         )
 
     def documents(self, row: int) -> Iterator[Document]:

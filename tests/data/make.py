@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from launcher.data.packing import one_a_row, pack
-from launcher.data.store import Encoded, Index, open_part, write_part, write_store
+from launcher.data.store import Encoded, Index, write_part, write_store
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -41,26 +41,15 @@ def tiny_store(
         weights[-1] = 1
         encoded.add(random.integers(0, vocab, length, dtype=np.uint32), weights, file=0, record=number)
     write_part(folder / "tokens" / "part-00000", encoded, vocab_size=vocab)
-    part = open_part(folder / "tokens" / "part-00000")
-    count = len(lengths)
-    index = Index(
-        part=np.zeros(count, np.int32),
-        start=part["offsets"][:-1],
-        length=np.array(lengths, np.int32),
-        file=part["file"],
-        record=part["record"],
-        trained=part["trained"],
-        weight=part["weight"],
-    )
-    offsets, order = pack(np.array(lengths), seq_len) if packing == "best_fit" else one_a_row(count)
+    parts = [folder / "tokens" / "part-00000"]
+    packed = pack(np.array(lengths), seq_len) if packing == "best_fit" else one_a_row(len(lengths))
     path = folder / "packed" / "tiny"
     write_store(
         path,
-        parts=[folder / "tokens" / "part-00000"],
+        parts=parts,
         files=["made"],
-        index=index,
-        row_offsets=offsets,
-        row_documents=order,
+        index=Index.gather(parts),
+        packings=[packed],
         seq_len=seq_len,
         meta={"key": "tiny", "vocab_size": vocab},
     )

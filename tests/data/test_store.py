@@ -47,7 +47,7 @@ def test_a_folder_that_holds_no_store_or_one_of_another_version_is_refused(tmp_p
     path = tiny_store(tmp_path, [4, 5])
     manifest = json.loads((path / "store.json").read_text())
     (path / "store.json").write_text(json.dumps({**manifest, "version": 99}))
-    with pytest.raises(UserError, match="version 99, expected 1"):
+    with pytest.raises(UserError, match="version 99, expected 2"):
         Store.open(path)
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from launcher.data.batches import Batches, StepBatch
 from launcher.data.packing import pack
-from launcher.data.store import Encoded, Index, Store, open_part, write_part, write_store
+from launcher.data.store import Encoded, Index, Store, write_part, write_store
 from launcher.recipe.schema import Adapter, Data, Model, Objective, Optimizer, Recipe, Source, Strategy, Train, to_dict
 from launcher.run.control import read_outcomes
 from launcher.run.directory import RunDirectory
@@ -61,15 +61,9 @@ def documents_store(folder: Path, *, count: int = 60, seq_len: int = 64, masked:
         encoded.add(rng.integers(1, VOCAB, length).astype(np.uint32), weights, file=0, record=record)
     tokens, path = folder / "tokens", folder / "packed"
     write_part(tokens, encoded, vocab_size=VOCAB)
-    part = open_part(tokens)
-    index = Index(
-        part=np.zeros(count, np.int32), start=part["offsets"][:-1], length=lengths.astype(np.int32), file=part["file"],
-        record=part["record"], trained=part["trained"], weight=part["weight"],
-    )  # fmt: skip
-    offsets, order = pack(lengths, seq_len)
     write_store(
-        path, parts=[tokens], files=["made"], index=index, row_offsets=offsets, row_documents=order, seq_len=seq_len,
-        meta={"key": "made", "vocab_size": VOCAB},
+        path, parts=[tokens], files=["made"], index=Index.gather([tokens]), packings=[pack(lengths, seq_len)],
+        seq_len=seq_len, meta={"key": "made", "vocab_size": VOCAB},
     )  # fmt: skip
     return path
 
