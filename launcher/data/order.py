@@ -88,6 +88,22 @@ def uniform_hash(seed: int, *parts: NDArray[np.int64] | int) -> NDArray[np.float
     return (value >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
+def keyed_order(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """An order of records that only their contents fix: what is shuffled by hash, copies of a record apart.
+
+    Args:
+        hashes: [records] of the content.
+    Returns:
+        [records] int64, which record comes when.
+    """
+    by_hash = np.argsort(hashes, kind="stable")
+    same = np.append(False, np.diff(hashes[by_hash]) == 0) if hashes.size else np.zeros(0, dtype=bool)
+    number = np.arange(hashes.size)
+    copy = np.empty(hashes.size, dtype=np.uint64)
+    copy[by_hash] = number - np.maximum.accumulate(np.where(same, 0, number))
+    return np.argsort(_mix(hashes ^ _mix(copy)), kind="stable")
+
+
 def _round_keys(seed: int, epoch: NDArray[np.int64]) -> NDArray[np.uint64]:
     base = _mix(epoch.astype(np.uint64) ^ np.uint64(_mix_int(seed)))
     return np.stack([_mix(base ^ np.uint64(_mix_int(i + 1))) for i in range(_ROUNDS)])

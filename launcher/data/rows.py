@@ -1,4 +1,4 @@
-"""From tokenised parts to rows: what is held out, repeated, cut or dropped, and which documents share a row."""
+"""From tokenised parts to rows: what is held out, cut or dropped, and which documents share a row."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from launcher.data.order import uniform_hash
-from launcher.data.packing import one_a_row, pack
+from launcher.data.order import keyed_order, uniform_hash
+from launcher.data.packing import Packing, end_to_end, one_a_row, repack
 from launcher.data.sources import place
-from launcher.data.store import Index, count_targets, open_part
+from launcher.data.store import Index, Side, count_targets, open_part
 from launcher.errors import UserError
-from launcher.recipe.schema import Recipe
-
-_REPEAT_SEED = 0x5EED  # a weight of 0.5 takes the same half in every run
+from launcher.recipe.schema import Data, Recipe
 
 
 class Held(Enum):
@@ -34,43 +31,59 @@ class Held(Enum):
 class Rows:
     """What a store is written from, with what was lost on the way, by reason.
 
-    dropped: documents left out; changed: documents cut
+    packings: as many as were asked for, with as many rows in each
+    dropped: documents left out; changed: documents cut; a pair counts as one
     first: reason -> the first file and record it befell
     """
 
     index: Index
-    row_offsets: NDArray[np.int64]
-    row_documents: NDArray[np.int64]
+    packings: list[Packing]
     dropped: Counter[str]
     changed: Counter[str]
     first: dict[str, str]
 
+    @property
+    def empty(self) -> bool:
+        return self.packings[0][0].size < 2
 
-@dataclass(slots=True)
-class _Documents:
-    """Columns of an `Index` under construction, with the source each document is of."""
 
-    part: NDArray[Any]
-    start: NDArray[Any]
-    length: NDArray[Any]
-    file: NDArray[Any]
-    record: NDArray[Any]
-    trained: NDArray[Any]
-    weight: NDArray[Any]
-    first: NDArray[Any]
-    side: NDArray[Any]
-    hash: NDArray[Any]
-    source: NDArray[Any]
+def build_rows(
+    parts: list[list[Path]], names: list[list[str]], *, held: Held, recipe: Recipe, repack: int = 1
+) -> Rows:  # fmt: skip
+    """Gather the documents of all sources and lay them into rows.
 
-    def take(self, which: NDArray[Any]) -> _Documents:
-        return _Documents(*(getattr(self, name)[which] for name in self.__slots__))
+    Args:
+        parts: each source's part folders.
+        names: each source's file names.
+        repack: how many different packings to make.
+    Raises:
+        UserError: a document is longer than data.seq_len under `overlong: error`, or would be cut and cannot be; names
+            file and record.
+    """
+    folders = [part for source in parts for part in source]
+    losses = _Losses([name for source in names for name in source])
+    index = Index.gather(folders, _first_files(parts, names))
+    if held != Held.all:
+        out = held_out(index.hash, seed=recipe.train.seed, fraction=recipe.data.eval_fraction)
+        index = index.take(out if held == Held.held else ~out)
+    if recipe.data.packing == "concat":
+        index, packing = _end_to_end(index, folders, losses, recipe.data)
+        packings = [packing]
+    else:
+        index = _fit(index, folders, losses, seq_len=recipe.data.seq_len, overlong=recipe.data.overlong)
+        packings = _whole_documents(index, recipe.data, times=repack, seed=recipe.train.seed)
+    return Rows(index, packings, losses.dropped, losses.changed, losses.first)
 
-    def index(self) -> Index:
-        return Index(
-            part=self.part.astype(np.int32), start=self.start.astype(np.int64), length=self.length.astype(np.int32),
-            file=self.file.astype(np.int32), record=self.record.astype(np.int32), trained=self.trained.astype(np.int32),
-            weight=self.weight.astype(np.float64), first=self.first, side=self.side, hash=self.hash,
-        )  # fmt: skip
+
+def held_out(hashes: NDArray[np.uint64], *, seed: int, fraction: float) -> NDArray[np.bool_]:
+    """Which documents are for evaluation, by the hash of their record alone; at least one where two records differ.
+
+    So a record stays on its side when others come, go or move, and all copies of it are on the same side.
+    """
+    chance = uniform_hash(seed, hashes.view(np.int64))
+    if not hashes.size or hashes.min() == hashes.max():
+        return chance < fraction
+    return (chance < fraction) | (chance == chance.min())
 
 
 @dataclass(slots=True)
@@ -80,135 +93,164 @@ class _Losses:
     changed: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
 
-    def count(self, which: Counter[str], reason: str, documents: _Documents) -> None:
-        if documents.part.size:
-            which[reason] += int(documents.part.size)
-            self.first.setdefault(reason, place(self.names[int(documents.file[0])], int(documents.record[0])))
+    def count(self, which: Counter[str], reason: str, index: Index) -> None:
+        """Count these documents, a pair as one."""
+        if count := int(np.count_nonzero(index.side != Side.rejected)):
+            which[reason] += count
+            self.first.setdefault(reason, _where(index, self.names))
 
 
-def build_rows(
-    parts: list[list[Path]], names: list[list[str]], weights: list[float], *, held: Held, recipe: Recipe
-) -> Rows:
-    """Gather the documents of all sources and lay them into rows.
-
-    Args:
-        parts: each source's part folders.
-        names: each source's file names.
-        weights: how often each source's records are seen in one epoch.
-    Raises:
-        UserError: a document is longer than data.seq_len under `overlong: error`; names file and record.
-    """
-    data = recipe.data
-    losses = _Losses([name for source in names for name in source])
-    documents = _gather(parts, names)
-    if held != Held.all and documents.part.size:
-        out = _held_out(documents, losses.names, seed=recipe.train.seed, fraction=data.eval_fraction)
-        documents = documents.take(out if held == Held.held else ~out)
-    folders = [part for source in parts for part in source]
-    documents = _fit(documents, folders, seq_len=data.seq_len, overlong=data.overlong, losses=losses)
-    repeats = _repeats(documents, losses.names, np.array(weights if held != Held.held else [1.0] * len(weights)))
-    instances = np.repeat(np.arange(documents.part.size), repeats)
-    lengths = documents.length[instances]
-    offsets, order = pack(lengths, data.seq_len) if data.packing == "best_fit" else one_a_row(instances.size)
-    return Rows(documents.index(), offsets, instances[order], losses.dropped, losses.changed, losses.first)
+def _first_files(parts: list[list[Path]], names: list[list[str]]) -> list[int]:
+    """For each part, the number of its source's first file over all sources."""
+    before = np.cumsum([0, *(len(source) for source in names)]).tolist()
+    return [first for first, source in zip(before, parts, strict=False) for _ in source]
 
 
-def _gather(parts: list[list[Path]], names: list[list[str]]) -> _Documents:
-    """Every document of every part; files numbered over all sources."""
-    columns: dict[str, list[NDArray[Any]]] = {name: [] for name in _Documents.__slots__}
-    number, first_file = 0, 0
-    for source, folders in enumerate(parts):
-        for folder in folders:
-            part = open_part(folder)
-            count = part["record"].size
-            columns["part"].append(np.full(count, number))
-            columns["start"].append(np.asarray(part["offsets"][:-1]))
-            columns["length"].append(np.diff(part["offsets"]))
-            columns["file"].append(part["file"] + first_file)
-            for name in ("record", "trained", "weight", "first", "side", "hash"):
-                columns[name].append(np.asarray(part[name]))
-            columns["source"].append(np.full(count, source))
-            number += 1
-        first_file += len(names[source])
-    return _Documents(**{name: np.concatenate(arrays) for name, arrays in columns.items()})
+def _units(index: Index) -> NDArray[np.int64]:
+    """Where each unit of packing begins: a document, or the two of a pair."""
+    return np.flatnonzero(index.side != Side.rejected)
 
 
-def _held_out(documents: _Documents, names: list[str], *, seed: int, fraction: float) -> NDArray[np.bool_]:
-    """Which documents are for evaluation; at least one where there are two."""
-    chance = _chance(documents, names, seed=seed)
-    return (chance < fraction) | (chance == chance.min()) & (chance.size > 1)
+def _per_unit(values: NDArray[Any], units: NDArray[np.int64], function: np.ufunc = np.add) -> NDArray[np.int64]:
+    result: NDArray[np.int64] = values[:0].astype(np.int64)
+    return function.reduceat(values, units, dtype=np.int64) if units.size else result
 
 
-def _repeats(documents: _Documents, names: list[str], weights: NDArray[np.float64]) -> NDArray[np.int64]:
-    """How often each document is seen: the whole part of its source's weight, and once more for a fixed share."""
-    weight = weights[documents.source]
-    whole = np.floor(weight)
-    return (whole + (_chance(documents, names, seed=_REPEAT_SEED) < weight - whole)).astype(np.int64)
+def _whole_documents(index: Index, data: Data, *, times: int, seed: int) -> list[Packing]:
+    """Rows of whole documents; the two of a pair are laid as one."""
+    units = _units(index)
+    if data.packing == "none":
+        packings = [one_a_row(units.size)]
+    else:
+        packings = repack(_per_unit(index.length, units), data.seq_len, times=times, seed=seed)
+    return [_of_documents(packing, units, index.length.size) for packing in packings]
 
 
-def _chance(documents: _Documents, names: list[str], *, seed: int) -> NDArray[np.float64]:
-    """A number in [0, 1) for each document, from the name of its file and its record there alone.
+def _of_documents(packing: Packing, units: NDArray[np.int64], documents: int) -> Packing:
+    """A packing of units as one of the documents in them."""
+    if units.size == documents:
+        return packing
+    offsets, order = packing
+    sizes = np.diff(units, append=documents)[order]
+    ends = np.cumsum(sizes)
+    laid = np.repeat(units[order] - (ends - sizes), sizes) + np.arange(documents)
+    return np.append(0, ends)[offsets], laid
 
-    So it stays what it is when records are appended, or files and sources are added.
-    """
-    files = np.array([xxhash.xxh3_64_intdigest(Path(name).name.encode()) >> 1 for name in names], dtype=np.int64)
-    return uniform_hash(seed, files[documents.file], documents.record)
+
+def _end_to_end(index: Index, folders: list[Path], losses: _Losses, data: Data) -> tuple[Index, Packing]:
+    """Documents one after the other, in an order that their contents fix, cut at the end of each row."""
+    if (whole := index.side != Side.plain).any():
+        raise UserError(
+            f"data.packing = concat: {_where(index.take(whole), losses.names)} is a pair or a labelled answer, which "
+            "must stay whole: expected best_fit or none."
+        )
+    laid = end_to_end(index.length, data.seq_len, keyed_order(index.hash))
+    cut = index.length[laid.document] != laid.length
+    pieces = _slices(index, laid.document, laid.start, laid.length, cut, folders)
+    packing = laid.offsets, np.arange(laid.length.size)
+    return (pieces, _without_idle_rows(pieces, packing, losses)) if data.isolate else (pieces, packing)
 
 
-def _fit(
-    documents: _Documents, folders: list[Path], *, seq_len: int, overlong: str, losses: _Losses
-) -> _Documents:  # fmt: skip
-    """Documents of at most `seq_len` tokens, as `overlong` says, without those that then teach nothing."""
-    long = documents.length > seq_len
+def _without_idle_rows(index: Index, packing: Packing, losses: _Losses) -> Packing:
+    """Leave out rows of which nothing is trained, as those of a long prompt."""
+    offsets, order = packing
+    taught = _per_unit(index.trained[order], offsets[:-1]) > 0
+    if taught.all():
+        return packing
+    kept = np.repeat(taught, np.diff(offsets))
+    losses.count(losses.dropped, "no trained token in their row", index.take(order[~kept]))
+    return np.append(0, np.cumsum(np.diff(offsets)[taught])), order[kept]
+
+
+def _fit(index: Index, folders: list[Path], losses: _Losses, *, seq_len: int, overlong: str) -> Index:
+    """Documents, and pairs, of at most `seq_len` tokens, as `overlong` says, without those that then teach nothing."""
+    units = _units(index)
+    long = _per_unit(index.length, units) > seq_len
     if not long.any():
-        return documents
+        return index
+    sizes = np.diff(units, append=index.length.size)
+    of_long = np.repeat(long, sizes)
     if overlong == "error":
-        _refuse(documents.take(long), seq_len, losses.names)
+        _refuse(index.take(units[long]), _per_unit(index.length, units)[long], seq_len, losses.names)
     if overlong == "drop":
-        losses.count(losses.dropped, "longer than seq_len", documents.take(long))
-        return documents.take(~long)
+        losses.count(losses.dropped, "longer than seq_len", index.take(of_long))
+        return index.take(~of_long)
     reason = "truncated to seq_len" if overlong == "truncate" else "split at seq_len"
-    losses.count(losses.changed, reason, documents.take(long))
-    cut = _cut(documents, long, folders, seq_len=seq_len, whole=overlong == "split")
-    taught = cut.trained > 0
+    losses.count(losses.changed, reason, index.take(of_long))
+    if overlong == "truncate":
+        cut = _truncated(index, units, of_long, folders, seq_len=seq_len)
+    else:
+        cut = _split(index, of_long, folders, losses, seq_len=seq_len)
+    taught = _per_unit(cut.trained, units := _units(cut), np.minimum) > 0
+    taught = np.repeat(taught, np.diff(units, append=cut.length.size))
     losses.count(losses.dropped, f"no trained token left when {reason}", cut.take(~taught))
     return cut.take(taught)
 
 
-def _cut(
-    documents: _Documents, long: NDArray[np.bool_], folders: list[Path], *, seq_len: int, whole: bool
-) -> _Documents:
-    """Each long document as its first `seq_len` tokens, or as all its pieces of that length; targets counted anew."""
-    pieces = np.where(long & whole, -(-documents.length // seq_len), 1)
+def _truncated(
+    index: Index, units: NDArray[np.int64], of_long: NDArray[np.bool_], folders: list[Path], *, seq_len: int
+) -> Index:
+    """The beginnings of long documents; of a pair the longer is cut, and both to one length if that is not enough."""
+    shorter = np.repeat(_per_unit(index.length, units, np.minimum), np.diff(units, append=index.length.size))
+    paired = np.isin(index.side, (Side.chosen, Side.rejected))
+    room = np.where(paired, np.maximum(seq_len - shorter, seq_len // 2), seq_len)
+    length = np.where(of_long, np.minimum(index.length, room), index.length)
+    every = np.arange(index.length.size)
+    return _slices(index, every, np.zeros_like(every), length, length != index.length, folders)
+
+
+def _split(
+    index: Index, of_long: NDArray[np.bool_], folders: list[Path], losses: _Losses, *, seq_len: int
+) -> Index:  # fmt: skip
+    """Long documents in pieces of `seq_len` tokens; a last one of a single token takes one from the piece before."""
+    if (whole := of_long & (index.side != Side.plain)).any():
+        raise UserError(
+            f"data.overlong = split: {_where(index.take(whole), losses.names)} is a pair or a labelled answer of more "
+            f"than data.seq_len = {seq_len} tokens, which must stay whole. Raise data.seq_len, or set data.overlong to "
+            "drop or truncate."
+        )
+    pieces = -(-index.length // seq_len)
     origin = np.repeat(np.arange(pieces.size), pieces)
     number = np.arange(origin.size) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    cut = documents.take(origin)
-    cut.start = cut.start + number * seq_len
-    cut.length = np.minimum(cut.length - number * seq_len, seq_len)
-    opened: tuple[int, NDArray[Any]] = (-1, np.zeros(0))
-    for i in np.flatnonzero(long[origin]).tolist():
-        if opened[0] != cut.part[i]:
-            opened = (int(cut.part[i]), open_part(folders[int(cut.part[i])])["weights"])
-        targets = count_targets(
-            opened[1][cut.start[i] : cut.start[i] + cut.length[i]], np.array([0, cut.length[i]], dtype=np.int64)
-        )
-        cut.trained[i], cut.weight[i] = targets.trained[0], targets.weight[0]
-        cut.first[i] = targets.first[0]
-    return cut
+    start = number * seq_len
+    if seq_len > 2:
+        start -= (number > 0) & (index.length[origin] - start == 1)
+    last = number == pieces[origin] - 1
+    end = np.where(last, index.length[origin], np.append(start[1:], 0))
+    return _slices(index, origin, start, end - start, of_long[origin], folders)
 
 
-def _refuse(long: _Documents, seq_len: int, names: list[str]) -> None:
+def _slices(
+    index: Index, document: NDArray[np.int64], start: NDArray[np.int64], length: NDArray[np.int64],
+    cut: NDArray[np.bool_], folders: list[Path],
+) -> Index:  # fmt: skip
+    """Pieces of documents, with the targets of those that are `cut` counted anew."""
+    result = index.take(document)
+    result.start = result.start + start
+    result.length = length.astype(np.int32)
+    for part in np.unique(result.part[cut]).tolist():
+        here = np.flatnonzero(cut & (result.part == part))
+        weights = open_part(folders[part])["weights"]
+        targets = count_targets(weights, result.start[here], result.length[here])
+        result.trained[here], result.weight[here], result.first[here] = targets.trained, targets.weight, targets.first
+    return result
+
+
+def _where(index: Index, names: list[str]) -> str:
+    return place(names[int(index.file[0])], int(index.record[0]))
+
+
+def _refuse(long: Index, lengths: NDArray[Any], seq_len: int, names: list[str]) -> None:
     shown = [
         f"  {place(names[int(file)], int(record))}: {length} tokens"
-        for file, record, length in zip(long.file[:5], long.record[:5], long.length[:5], strict=True)
+        for file, record, length in zip(long.file[:5], long.record[:5], lengths[:5], strict=True)
     ]
-    more = [f"  and {long.part.size - 5} more"] if long.part.size > 5 else []
+    more = [f"  and {lengths.size - 5} more"] if lengths.size > 5 else []
     raise UserError(
         "\n".join(
             [
-                f"data.seq_len = {seq_len}: {long.part.size} records are longer, the longest has "
-                f"{int(long.length.max())} tokens. Raise data.seq_len, or set data.overlong to drop, truncate "
-                f"or split.",
+                f"data.seq_len = {seq_len}: {lengths.size} records are longer, the longest has "
+                f"{int(lengths.max())} tokens. Raise data.seq_len, or set data.overlong to drop, truncate or split.",
                 *shown,
                 *more,
             ]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from launcher.data.packing import Packing
 from launcher.errors import UserError
 
 VERSION = 2
@@ -102,18 +103,21 @@ class Targets:
     first: NDArray[np.float32]
 
 
-def count_targets(weights: NDArray[Any], offsets: NDArray[np.int64]) -> Targets:
-    """Targets of documents whose weights lie end to end, document i from offsets[i] to offsets[i + 1]."""
-    count = offsets.size - 1
-    result = Targets(np.zeros(count, np.int32), np.zeros(count, np.float64), np.zeros(count, np.float32))
-    full = np.flatnonzero(offsets[1:] > offsets[:-1])
-    if full.size:
-        starts = offsets[:-1][full]
-        result.first[full] = weights[starts]
-        later = np.array(weights[: offsets[-1]])
-        later[starts] = 0
-        result.trained[full] = np.add.reduceat(later != 0, starts, dtype=np.int32)
-        result.weight[full] = np.add.reduceat(later, starts, dtype=np.float64)
+def count_targets(weights: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[Any]) -> Targets:
+    """Targets of documents that lie in one array of weights, each from its start on."""
+    result = Targets(
+        np.zeros(starts.size, np.int32), np.zeros(starts.size, np.float64), np.zeros(starts.size, np.float32)
+    )
+    result.first[lengths > 0] = weights[starts[lengths > 0]]
+    more = np.flatnonzero(lengths > 1)
+    more = more[
+        np.argsort(starts[more], kind="stable")
+    ]  # what lies between two documents is summed, too, and thrown away
+    spans = np.stack([starts[more] + 1, starts[more] + lengths[more]], axis=1).ravel()
+    if spans.size:
+        values = np.append(weights, weights[:1])  # the last document may end where the array does
+        result.trained[more] = np.add.reduceat(values != 0, spans, dtype=np.int32)[::2]
+        result.weight[more] = np.add.reduceat(values, spans, dtype=np.float64)[::2]
     return result
 
 
@@ -126,7 +130,7 @@ def write_part(path: Path, documents: Encoded, *, vocab_size: int, meta: Mapping
     tokens = np.concatenate(documents.tokens) if documents.tokens else np.zeros(0, np.uint32)
     offsets = np.zeros(len(documents.tokens) + 1, dtype=np.int64)
     np.cumsum([len(t) for t in documents.tokens], out=offsets[1:])
-    targets = count_targets(weights, offsets)
+    targets = count_targets(weights, offsets[:-1], np.diff(offsets))
     arrays = {
         "tokens": tokens.astype(np.uint16 if vocab_size <= 65536 else np.uint32, copy=False),
         "weights": weights,
@@ -170,15 +174,20 @@ class Index:
     hash: NDArray[np.uint64]
 
     @classmethod
-    def gather(cls, parts: Sequence[Path]) -> Index:
-        """Every document of these parts, whole."""
+    def gather(cls, parts: Sequence[Path], first_files: Sequence[int] | None = None) -> Index:
+        """Every document of these parts, whole.
+
+        Args:
+            first_files: what to add to the file numbers of each part; None: nothing.
+        """
         columns: dict[str, list[NDArray[Any]]] = {name: [] for name in _DOCUMENT_ARRAYS}
         for number, folder in enumerate(parts):
             part = open_part(folder)
+            columns["file"].append(np.asarray(part["file"]) + np.int32(first_files[number] if first_files else 0))
             columns["part"].append(np.full(part["record"].size, number, dtype=np.int32))
             columns["start"].append(np.asarray(part["offsets"][:-1]))
             columns["length"].append(np.diff(part["offsets"]).astype(np.int32))
-            for name in _DOCUMENT_ARRAYS[3:]:
+            for name in _DOCUMENT_ARRAYS[4:]:
                 columns[name].append(np.asarray(part[name]))
         return cls(**{name: np.concatenate(arrays) for name, arrays in columns.items()})
 
@@ -195,7 +204,6 @@ class Index:
 
 
 _DOCUMENT_ARRAYS = tuple(field.name for field in fields(Index))
-Packing = tuple[NDArray[np.int64], NDArray[Any]]  # where each row begins in the second; document ids of all rows
 
 
 def write_store(

@@ -61,7 +61,7 @@ def test_compiled_and_interpreted_packing_agree(capacity):
     lengths = np.random.default_rng(capacity).integers(1, capacity + 1, 2000)
     order = packing._longest_first(lengths)
     rows, row_of = packing._best_fit(lengths, order, capacity)
-    compiled_rows, compiled_row_of = packing._compiled()(lengths, order, capacity)
+    compiled_rows, compiled_row_of = packing._compiled(packing._best_fit)(lengths, order, capacity)
     assert rows == compiled_rows
     assert np.array_equal(row_of, compiled_row_of)
 
