@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("launcher.cli.plan", "Print what follows from a recipe by arithmetic: mesh, batch, memory."),
     "prepare": ("launcher.cli.prepare", "Tokenise and pack a recipe's data into the store."),
     "preview": ("launcher.cli.preview", "Show rows as tokens, with trained tokens and document borders visible."),
+    "data": ("launcher.cli.data", "Ask a recipe's data: stats counts lengths, sources, what is trained or lost."),
     "runs": ("launcher.cli.runs", "List runs with their states."),
     "status": ("launcher.cli.status", "Say how a run stands: state, step, attempts, failures."),
     "logs": ("launcher.cli.logs", "Print a rank's log."),

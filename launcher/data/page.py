@@ -74,8 +74,7 @@ def page(shown: dict[str, Any], *, name: str) -> str:
 
 def _counts(stats: dict[str, Any]) -> str:
     share = stats["trained_tokens"] / stats["tokens"] if stats["tokens"] else 0.0
-    groups = stats.get("groups") or {}
-    kinds = [f"{groups[kind]:,} {kind}" for kind in ("pairs", "labelled") if groups.get(kind)]
+    kinds = [f"{stats['groups'][kind]:,} {kind}" for kind in ("pairs", "labelled") if stats["groups"][kind]]
     cells = [
         ("rows", f"{stats['rows']:,} x {stats['seq_len']:,}"),
         ("documents", f"{stats['documents']:,}"),
@@ -84,7 +83,7 @@ def _counts(stats: dict[str, Any]) -> str:
         ("packing efficiency", f"{stats['packing_efficiency']:.2%}"),
         *([("of the records", ", ".join(kinds))] if kinds else []),
     ]
-    told = [("", line) for line in stats["formats"]]
+    told = [("", line) for line in stats["formats"]] + [("warn", line) for line in stats["warnings"]]
     for what in ("dropped", "changed"):
         told += [("warn", f"{what}: {count:,} ({reason})") for reason, count in stats[what].items()]
     counts = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for what, value in cells)
@@ -114,9 +113,8 @@ def _row(row: dict[str, Any], hues: dict[str, int], scale: float, *, seq_len: in
     bar = "".join(
         f'<i style="--hue:{hues[d["source"]]};width:{100 * len(d["tokens"]) / seq_len:.3f}%"></i>' for d in documents
     )
-    source = f'<span class="quiet">{escape(row["source"])}</span>' if row.get("source") else ""
     return (
-        f'<section class="card"><div class="head"><h2>row {row["row"]}</h2>{source}'
+        f'<section class="card"><div class="head"><h2>row {row["row"]}</h2><span>{escape(row["source"])}</span>'
         f'<span class="quiet">{tokens:,} of {seq_len:,} tokens, {_many(len(documents), "document")}</span></div>'
         f'<div class="bar">{bar}</div>{"".join(_document(d, hues[d["source"]], scale) for d in documents)}</section>\n'
     )

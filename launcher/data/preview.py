@@ -5,16 +5,16 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-from launcher.data.order import global_batch_rows
+import numpy as np
+
+from launcher.data.mix import Mix
 from launcher.data.prepare import Prepared
-from launcher.data.store import Document, Store
+from launcher.data.store import Document, Side
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
 from launcher.recipe.schema import Recipe
 
-SIDES = ("plain", "chosen", "rejected", "good", "bad")  # what a document is, as the store numbers it
 _LONGEST = 16  # tokens that are looked at together for one character; more are shown as what they are, broken
 _TURNS = {*"\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}  # characters that reverse a line
 _JOINERS = {"\u200c", "\u200d"}  # inside words and emoji they belong there
@@ -24,17 +24,18 @@ def preview(recipe: Recipe, prepared: Prepared, *, rows: int) -> dict[str, Any]:
     """The first rows that training will see.
 
     Returns:
-        {"rows": [{"row": id, "documents": [{"source", "record", "side", "tokens": [{"id", "text", "trained", "weight",
-        "special"}]}]}], "stats": the train entry of data.json with seq_len}; `trained` says that the token counts in
-        the loss; a character that several tokens make is the text of the first, and the others have none.
+        {"rows": [{"row": id, "source": name, "documents": [{"source", "record", "side", "tokens": [{"id", "text",
+        "trained", "weight", "special"}]}]}], "stats": the train entry of data.json with seq_len}; `trained` says that
+        the token counts in the loss; a character that several tokens make is the text of the first, and the others
+        have none.
     """
-    store = Store.open(Path(prepared.train["store"]))
+    mix = Mix.open(prepared.train)
     tokenizer = prepared.tokenizer
     words = load_tokenizer(TokenizerSpec(tokenizer["name"], tokenizer["revision"], recipe.model.trust_remote_code))
-    first = global_batch_rows(store.rows, seed=recipe.train.seed, step=0, global_batch_size=min(rows, store.rows))
+    first = mix.at(np.arange(min(rows, mix.rows)), seed=recipe.train.seed)
     shown = [
-        {"row": int(row), "documents": [_document(document, words) for document in store.documents(int(row))]}
-        for row in first
+        {"row": row, "source": mix.names[source], "documents": _documents(mix, row, words)}
+        for row, source in zip(first.tolist(), mix.source_of(first).tolist(), strict=True)
     ]
     return {"rows": shown, "stats": {**prepared.train, "seq_len": recipe.data.seq_len}}
 
@@ -46,7 +47,7 @@ def lines(shown: dict[str, Any], *, colour: bool) -> Iterator[str]:
     """
     for row in shown["rows"]:
         tokens = sum(len(document["tokens"]) for document in row["documents"])
-        yield f"row {row['row']}: {tokens} tokens, {len(row['documents'])} documents"
+        yield f"row {row['row']} of {row['source']}: {tokens} tokens, {len(row['documents'])} documents"
         for document in row["documents"]:
             yield f"--- {title(document)}"
             yield _marked(document["tokens"], colour=colour)
@@ -100,24 +101,22 @@ def texts(ids: Sequence[int], words: Any) -> list[str]:
     return found
 
 
-def _document(document: Document, words: Any) -> dict[str, Any]:
-    tokens = []
-    ids = document.tokens.tolist()
+def _documents(mix: Mix, row: int, words: Any) -> list[dict[str, Any]]:
     special = {*words.all_special_ids, *words.added_tokens_decoder}
-    for place, (token, text, weight) in enumerate(
-        zip(ids, texts(ids, words), document.weights.tolist(), strict=True)
-    ):  # fmt: skip
-        counts = place > 0 and weight > 0  # nothing comes before the first token, so it is no target
-        tokens.append(
-            {
-                "id": token,
-                "text": text,
-                "trained": counts,
-                "weight": weight if counts else 0.0,
-                "special": token in special,
-            }
-        )
-    side = SIDES[getattr(document, "side", 0)]
+    documents = enumerate(mix.documents(row))
+    return [_document(d, words, special, follows=i > 0 and not mix.isolate) for i, d in documents]
+
+
+def _document(document: Document, words: Any, special: set[int], *, follows: bool) -> dict[str, Any]:
+    """A document whose first token is a target only if it follows another one that attention sees."""
+    ids, weights = document.tokens.tolist(), document.weights.tolist()
+    if not follows:
+        weights[:1] = [0.0]
+    tokens = [
+        {"id": token, "text": text, "trained": weight > 0, "weight": weight, "special": token in special}
+        for token, text, weight in zip(ids, texts(ids, words), weights, strict=True)
+    ]
+    side = Side(document.side).name
     return {"source": document.source, "record": document.record, "side": side, "tokens": tokens}
 
 

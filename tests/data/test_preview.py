@@ -30,9 +30,10 @@ def document(tokens: list[dict[str, Any]], *, side: str = "plain", record: int =
 def shown(*documents: dict[str, Any]) -> dict[str, Any]:
     stats = {
         "rows": 1, "documents": 2, "tokens": 10, "trained_tokens": 4, "packing_efficiency": 0.5, "seq_len": 20,
-        "formats": ["a.jsonl: recognised as <b>"], "dropped": {"no trained token": 3}, "changed": {},
+        "formats": ["a.jsonl: recognised as <b>"], "dropped": {"no trained token": 3}, "changed": {}, "warnings": [],
+        "groups": {"plain": 2, "pairs": 0, "labelled": 0},
     }  # fmt: skip
-    return {"rows": [{"row": 7, "documents": list(documents)}], "stats": stats}
+    return {"rows": [{"row": 7, "source": "a", "documents": list(documents)}], "stats": stats}
 
 
 class _Read(HTMLParser):
