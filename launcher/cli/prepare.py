@@ -43,24 +43,46 @@ def command(recipe: str, overrides: tuple[str, ...], as_json: bool, strict: bool
 
 def summary(prepared: Prepared) -> Iterator[str]:
     """What was found or made, for people."""
-    for role, entry in (("train", prepared.train), ("eval", prepared.eval)):
-        if entry is not None:
-            yield from _store_lines(role, entry)
+    from launcher.run.data import remarks
+
+    values = prepared.to_dict()
+    for role, key in (("train", "sources"), ("eval", "sets")):
+        if (entry := values[role]) is not None:
+            yield from _role_lines(role, entry, entry[key])
+    yield from remarks(values)
+    if prepared.steps_per_epoch is None:
+        yield f"steps  {prepared.total_steps:,} of {prepared.global_batch_size:,} rows"
+        return
     yield (
         f"steps  {prepared.total_steps:,} of {prepared.global_batch_size:,} rows; "
         f"an epoch is {prepared.steps_per_epoch:.4g} steps"
     )
 
 
-def _store_lines(role: str, entry: dict[str, Any]) -> Iterator[str]:
+def _role_lines(role: str, entry: dict[str, Any], parts: list[dict[str, Any]]) -> Iterator[str]:
+    """Each source or set, then all together where there are several."""
+    if entry.get("streaming"):
+        yield from (f"{role} {part['name']}  streamed from {part['path']}" for part in parts)
+        return
     yield from (f"{role}  {line}" for line in entry["formats"])
-    yield (
-        f"{role}  {entry['rows']:,} rows of {entry['documents']:,} documents, {entry['tokens']:,} tokens "
+    for part in parts:
+        name = f"{role} {part['name']}" if len(parts) > 1 else role
+        yield f"{name}  {_holds(part)}"
+        if len(parts) > 1 and role == "train":
+            yield f"{name}  {part['share']:.1%} of an epoch: {part['epoch_rows']:,} rows"
+        yield f"{name}  store {part['store']}"
+    if len(parts) > 1:
+        yield f"{role}  together {_holds(entry)}"
+
+
+def _holds(entry: dict[str, Any]) -> str:
+    groups = entry["groups"]
+    units = {"pairs": "pairs", "labelled": "labelled answers"}
+    apart = "".join(f", {groups[kind]:,} {words}" for kind, words in units.items() if groups[kind])
+    return (
+        f"{entry['rows']:,} rows of {entry['documents']:,} documents{apart}, {entry['tokens']:,} tokens "
         f"({entry['trained_tokens']:,} trained), packing efficiency {entry['packing_efficiency']:.2%}"
     )
-    for what in ("dropped", "changed"):
-        yield from (f"{role}  {what}: {count:,} ({reason})" for reason, count in entry[what].items())
-    yield f"{role}  store {entry['store']}"
 
 
 @contextmanager

@@ -50,12 +50,16 @@ class StepBatch:
     micro: this rank's micro-batches; every rank has the same number
     weight: sum of the trained weights of the whole global batch, the loss's denominator
     tokens: real tokens of the whole global batch
+    source_tokens: of them, those of each source
+    cost: sum of the squared segment lengths of the whole global batch
     rows: [rows] int64, the whole global batch
     """
 
     micro: list[MicroBatch]
     weight: float
     tokens: int
+    source_tokens: tuple[int, ...]
+    cost: float
     rows: NDArray[np.int64]
 
 
@@ -114,7 +118,9 @@ class Batches:
             _lay(mix, [units(i) if i >= 0 else None for i in chunk], pad_to=self._pad_to)
             for chunk in mine.reshape(-1, self._micro_batch_size).tolist()
         ]
-        return StepBatch(micro, float(mix.row_weight[rows].sum()), int(mix.row_tokens[rows].sum()), rows)
+        of_sources = tuple(mix.tokens_of_sources(rows).tolist())
+        weight, cost = float(mix.row_weight[rows].sum()), float(mix.row_cost[rows].sum())
+        return StepBatch(micro, weight, sum(of_sources), of_sources, cost, rows)
 
     def _units(self, rows: NDArray[np.int64]) -> tuple[Callable[[int], _Unit], NDArray[np.int64], int]:
         """What is dealt to ranks: the i-th unit, read only when asked for; the cost of each; slots on each rank."""

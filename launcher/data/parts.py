@@ -83,8 +83,9 @@ def _tokenise(job: TokensJob, folder: Path, progress: Progress, beat: Callable[[
     job.check_tokenizer(tokenizer)
     context.check()
     said = f"{'recognised as' if form.recognised else 'read as'} {form.name}"
+    warnings = list(form.warnings)
     if missing := missing_bytes(context.tokenizer()):
-        said += f"; WARNING: the tokenizer has no token for {missing} of 256 bytes and drops them from texts"
+        warnings.append(f"the tokenizer has no token for {missing} of 256 bytes and drops them from texts")
     shards = _shards(tables, folder)
     total, done = len(shards), 0
     left = [shard for shard in shards if not shard.path.is_dir()]
@@ -98,6 +99,7 @@ def _tokenise(job: TokensJob, folder: Path, progress: Progress, beat: Callable[[
         "version": VERSION,
         "parts": [shard.path.name for shard in shards],
         "said": said,
+        "warnings": warnings,
         "tokenizer": tokenizer,
         **_summed(json.loads((shard.path / "part.json").read_text()) for shard in shards),
     }
@@ -135,13 +137,14 @@ def _shards(tables: list[Any], folder: Path) -> list[Shard]:
 
 
 def _summed(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of all shards; of what was dropped or changed also the first record, as [file, record]."""
     documents, largest = 0, 0
-    dropped: dict[str, int] = {}
-    first: dict[str, list[int]] = {}
+    lost: dict[str, dict[str, Any]] = {"dropped": {}, "first_dropped": {}, "changed": {}, "first_changed": {}}
     for part in parts:
         documents += part["documents"]
         largest = max(largest, part["largest_id"])
-        for reason, count in part["dropped"].items():
-            dropped[reason] = dropped.get(reason, 0) + count
-            first.setdefault(reason, part["first_dropped"][reason])
-    return {"documents": documents, "largest_id": largest, "dropped": dropped, "first_dropped": first}
+        for what in ("dropped", "changed"):
+            for reason, count in part.get(what, {}).items():
+                lost[what][reason] = lost[what].get(reason, 0) + count
+                lost[f"first_{what}"].setdefault(reason, part[f"first_{what}"][reason])
+    return {"documents": documents, "largest_id": largest, **lost}

@@ -1,38 +1,38 @@
-"""From a recipe to the stores that ranks open: finds what is already made, builds the rest once, writes `data.json`.
-
-Two kinds of content-addressed folder in the cache: `tokens/<key>` holds the parts of one source under one tokenizer and
-mask; `packed/<key>` is a store over such parts. A key hashes everything that decides the content, so a folder is never
-stale, and each appears by one rename. Work runs under a file lock and never inside a collective.
-"""
+"""From a recipe to what ranks open: prepares the stores of all sources, adds up what they hold, writes `data.json`."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.data.lock import build_lock
-from launcher.data.parts import Progress, TokensJob, ensure_tokens
-from launcher.data.rows import Held, build_rows
-from launcher.data.sources import find, fingerprint, place
-from launcher.data.space import space_watched
-from launcher.data.store import VERSION, Store, write_store
-from launcher.data.tokenizer import TokenizerSpec, hash_tokenizer, locate
+from launcher.data import mix
+from launcher.data.corpora import Corpus, cache_folder, content_hash, corpora, ensure_store, tokenizer_of
+from launcher.data.duplicates import Duplicates, find_duplicates
+from launcher.data.names import source_names
+from launcher.data.parts import Progress
+from launcher.data.store import Store
+from launcher.data.tokenizer import describe_tokenizer, load_tokenizer, locate
 from launcher.errors import UserError
-from launcher.recipe.schema import Recipe, Source
+from launcher.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from launcher.run.directory import RunDirectory
+
+_COUNTS = ("rows", "documents", "tokens", "trained_tokens", "trained_weight")
+_REASONS = ("dropped", "changed", "groups")
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """What prepare found or made.
 
-    train, eval: each store's entry of data.json; eval is None without evaluation data
+    train, eval: their entries of data.json; eval is None without evaluation data
+    leaked: evaluation records that are training records, too, by set
+    steps_per_epoch: None where the data are streamed
     total_rows: rows of the whole run where epochs end it, else None
     total_steps: optimizer steps of the run
     built: whether this call had to build anything
@@ -40,8 +40,9 @@ class Prepared:
 
     train: dict[str, Any]
     eval: dict[str, Any] | None
+    leaked: dict[str, int]
     global_batch_size: int
-    steps_per_epoch: float
+    steps_per_epoch: float | None
     total_rows: int | None
     total_steps: int
     vocab_size: int
@@ -50,10 +51,13 @@ class Prepared:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of data.json."""
+        from launcher.run.data import VERSION
+
         return {
-            "version": 1,
+            "version": VERSION,
             "train": self.train,
             "eval": self.eval,
+            "leaked": self.leaked,
             "global_batch_size": self.global_batch_size,
             "steps_per_epoch": self.steps_per_epoch,
             "total_rows": self.total_rows,
@@ -68,31 +72,43 @@ def prepare(recipe: Recipe, *, progress: Progress | None = None, strict: bool = 
 
     Args:
         progress: told what goes on; called often.
-        strict: a record that would be dropped or cut is an error.
+        strict: a record that would be dropped, cut or repaired is an error.
     Raises:
         UserError: data, template or tokenizer cannot be learnt from as the recipe says; names file and record.
     """
-    corpora = _corpora(recipe)
-    found = {c.role: _ensure_store(recipe, c, progress or _silent) for c in corpora}
-    stores = {role: Store.open(path) for role, (path, _) in found.items()}
-    for store in stores.values():
+    say = progress or _silent
+    wanted = corpora(
+        recipe, check_tokenizer=lambda tokenizer: _check_vocabulary(recipe, {"tokenizer": tokenizer, "largest_id": 0})
+    )
+    found = [ensure_store(recipe, corpus, say) for corpus in wanted]
+    stores = [Store.open(path) for path, _ in found]
+    for store in stores:
         _check_vocabulary(recipe, store.manifest)
-        if strict:
-            _refuse_losses(store.manifest)
-    train, batch = stores["train"], recipe.train.global_batch_size
+    if strict:
+        _refuse_losses([store.manifest for store in stores])
+    train = [(c, s) for c, s in zip(wanted, stores, strict=True) if c.role == "train"]
+    sets = [(c, s) for c, s in zip(wanted, stores, strict=True) if c.role == "eval"]
+    duplicates = _duplicates(recipe, train, sets, say)
+    evaluation = _evaluation(sets, recipe.data.seq_len) if sets else None
+    built = any(built for _, built in found)
+    if recipe.data.streaming:
+        return _streaming(recipe, evaluation, [store for _, store in sets], built=built)
+    entry = _train(recipe, train, duplicates)
+    batch, rows = recipe.train.global_batch_size, entry["epoch_rows"]
     total_rows = None
     if recipe.train.max_steps is None:
-        total_rows = max(1, round(train.rows * (recipe.train.epochs or 1)))
+        total_rows = max(1, round(rows * (recipe.train.epochs or 1)))
     return Prepared(
-        train=_entry(train),
-        eval=_entry(stores["eval"]) if "eval" in stores else None,
+        train=entry,
+        eval=evaluation,
+        leaked=duplicates.leaked,
         global_batch_size=batch,
-        steps_per_epoch=train.rows / batch,
+        steps_per_epoch=rows / batch,
         total_rows=total_rows,
         total_steps=recipe.train.max_steps or -(-(total_rows or 0) // batch),
-        vocab_size=max(_needed_ids(store.manifest) for store in stores.values()),
-        tokenizer=train.manifest["tokenizer"],
-        built=any(built for _, built in found.values()),
+        vocab_size=max(_needed_ids(store.manifest) for store in stores),
+        tokenizer=stores[0].manifest["tokenizer"],
+        built=built,
     )
 
 
@@ -102,11 +118,13 @@ def write_data_json(run: RunDirectory, prepared: Prepared, *, force: bool = Fals
     Raises:
         UserError: the run began with other data; not with `force`.
     """
+    from launcher.run.data import require_current
     from launcher.run.files import write_atomic
 
     path = Path(run.data_file)
     if path.exists() and not force:
         before = json.loads(path.read_text())
+        require_current(run, before)
         for role in ("train", "eval"):
             old, new = (before[role] or {}).get("fingerprint"), (getattr(prepared, role) or {}).get("fingerprint")
             if old != new:
@@ -117,132 +135,104 @@ def write_data_json(run: RunDirectory, prepared: Prepared, *, force: bool = Fals
     write_atomic(path, json.dumps(prepared.to_dict(), indent=1) + "\n")
 
 
-def cache_folder(recipe: Recipe) -> Path:
-    """Where stores lie: data.cache_dir, else LAUNCHER_CACHE, else ~/.cache/launcher."""
-    return (
-        Path(recipe.data.cache_dir or os.environ.get("LAUNCHER_CACHE") or "~/.cache/launcher").expanduser().absolute()
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Corpus:
-    """What goes into one store: train or eval."""
-
-    role: str
-    jobs: tuple[TokensJob, ...]
-    held: Held
-    key: str
-    fingerprint: str
-
-
-def _corpora(recipe: Recipe) -> list[_Corpus]:
-    spec = _tokenizer(recipe)
-    encoding = _hash(VERSION, hash_tokenizer(spec), recipe.objective.kind, recipe.data.train_on)
-    train = tuple(_job(recipe, source, encoding) for source in recipe.data.train)
-    if recipe.data.eval_fraction:
-        return [_corpus(recipe, "train", train, Held.rest), _corpus(recipe, "eval", train, Held.held)]
-    evaluation = tuple(_job(recipe, source, encoding) for source in recipe.data.eval)
-    corpora = [_corpus(recipe, "train", train, Held.all)]
-    return [*corpora, _corpus(recipe, "eval", evaluation, Held.all)] if evaluation else corpora
-
-
-def _job(recipe: Recipe, source: Source, encoding: str) -> TokensJob:
-    listing = find(source)
-    key = _hash(
-        encoding, fingerprint(listing), source.format, source.columns, source.tags, source.max_samples,
-        [file.suffix for file in listing.files],
-    )  # fmt: skip
-    return TokensJob(
-        listing,
-        key,
-        _tokenizer(recipe),
-        train_on=recipe.data.train_on,
-        objective=recipe.objective.kind,
-        num_workers=recipe.data.num_workers or len(os.sched_getaffinity(0)),
-        check_tokenizer=lambda tokenizer: _check_vocabulary(recipe, {"tokenizer": tokenizer, "largest_id": 0}),
-    )
-
-
-def _corpus(recipe: Recipe, role: str, jobs: tuple[TokensJob, ...], held: Held) -> _Corpus:
+def _train(recipe: Recipe, train: Sequence[tuple[Corpus, Store]], duplicates: Duplicates) -> dict[str, Any]:
+    """The entry `train` of data.json: each source, and how they share an epoch."""
     data = recipe.data
-    names = [name for job in jobs for name in job.listing.names]
-    weights = [job.listing.source.weight for job in jobs]
-    split = (held.name, data.eval_fraction, recipe.train.seed) if held != Held.all else ()
-    chosen_by_name = split or any(weight % 1 for weight in weights)
-    content = _hash(
-        VERSION, [job.key for job in jobs], weights, data.seq_len, data.packing, data.overlong, split,
-        [Path(name).name for name in names] if chosen_by_name else [],
-    )  # fmt: skip
-    return _Corpus(role, jobs, held, key=_hash(content, names), fingerprint=content)
-
-
-def _ensure_store(recipe: Recipe, corpus: _Corpus, progress: Progress) -> tuple[Path, bool]:
-    """Path of the corpus's store, and whether this call built it."""
-    cache = cache_folder(recipe)
-    path = cache / "packed" / corpus.key
-    if path.is_dir():
-        return path, False
-    _make_writable(cache)
-    lock = build_lock(cache / "locks" / corpus.key, waiting=lambda line: progress(line, 0, 0))
-    with space_watched(cache), lock:
-        if path.is_dir():
-            return path, False
-        folders = [ensure_tokens(job, cache, progress) for job in corpus.jobs]
-        _pack(recipe, corpus, folders, path, progress)
-    return path, True
-
-
-def _pack(recipe: Recipe, corpus: _Corpus, folders: list[Path], path: Path, progress: Progress) -> None:
-    progress(f"packing {corpus.role} rows", 0, 0)
-    manifests = [json.loads((folder / "tokens.json").read_text()) for folder in folders]
-    names = [job.listing.names for job in corpus.jobs]
-    parts = [[folder / part for part in manifest["parts"]] for folder, manifest in zip(folders, manifests, strict=True)]
-    rows = build_rows(
-        parts, names, [job.listing.source.weight for job in corpus.jobs], held=corpus.held, recipe=recipe
-    )  # fmt: skip
-    dropped, first = dict(rows.dropped), dict(rows.first)
-    for manifest, files in zip(manifests, names, strict=True):
-        for reason, count in manifest["dropped"].items():
-            dropped[reason] = dropped.get(reason, 0) + count
-            file, record = manifest["first_dropped"][reason]
-            first.setdefault(reason, place(files[file], record))
-    if rows.row_offsets.size < 2:
-        reasons = "; ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "no records"
-        raise UserError(f"data.{corpus.role}: nothing is left to learn from ({reasons}).")
-    write_store(
-        path,
-        parts=[part for source in parts for part in source],
-        files=[name for source in names for name in source],
-        index=rows.index,
-        packings=[(rows.row_offsets, rows.row_documents)],
-        seq_len=recipe.data.seq_len,
-        meta={
-            "key": corpus.key,
-            "fingerprint": corpus.fingerprint,
-            "dropped": dropped,
-            "changed": rows.changed,
-            "first": first,
-            "formats": [f"{j.listing.source.path}: {m['said']}" for j, m in zip(corpus.jobs, manifests, strict=True)],
-            "largest_id": max(m["largest_id"] for m in manifests),
-            "tokenizer": {**manifests[0]["tokenizer"], "name": _tokenizer(recipe).name},
-        },
+    entries = [_entry(corpus, store) for corpus, store in train]
+    sizes = [mix.Size(entry["rows"], entry["tokens"], entry["documents"]) for entry in entries]
+    shares = mix.shares(
+        sizes, [source.weight for source in data.train], by=data.mix.by, temperature=data.mix.temperature
     )
+    draws = mix.epoch_rows(sizes, shares, by=data.mix.by, until=data.mix.until)
+    sources = [
+        {
+            "name": corpus.name,
+            "path": corpus.paths[0],
+            **{key: value for key, value in entry.items() if key != "formats"},
+            "epoch_rows": drawn,
+            "share": share,
+            "format": entry["formats"][0].rpartition(" ")[2],
+        }
+        for (corpus, _), entry, drawn, share in zip(train, entries, draws, shares, strict=True)
+    ]
+    return {
+        **_sums(entries, data.seq_len),
+        "epoch_rows": sum(draws),
+        "fingerprint": content_hash([entry["fingerprint"] for entry in entries], draws),
+        "duplicates": duplicates.within,
+        "sources": sources,
+    }
 
 
-def _tokenizer(recipe: Recipe) -> TokenizerSpec:
-    model = recipe.model
-    name = model.tokenizer or model.name
-    if name is None:
-        raise UserError(
-            "model.tokenizer = null: expected a hub id or folder, because model.config brings no tokenizer."
-        )
-    template = None
-    if recipe.data.chat_template is not None:
-        try:
-            template = Path(recipe.data.chat_template).expanduser().read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.chat_template = {recipe.data.chat_template}: cannot be read: {error}") from error
-    return TokenizerSpec(name, model.revision, model.trust_remote_code, template)
+def _evaluation(sets: Sequence[tuple[Corpus, Store]], seq_len: int) -> dict[str, Any]:
+    entries = [_entry(corpus, store) for corpus, store in sets]
+    return {
+        **_sums(entries, seq_len),
+        "fingerprint": content_hash([(corpus.name, corpus.fingerprint) for corpus, _ in sets]),
+        "sets": [{"name": corpus.name, **entry} for entry, (corpus, _) in zip(entries, sets, strict=True)],
+    }
+
+
+def _entry(corpus: Corpus, store: Store) -> dict[str, Any]:
+    """What data.json says of one store."""
+    keys = ("fingerprint", *_COUNTS, "packing_efficiency", *_REASONS, "formats", "warnings")
+    return {"store": str(store.path), "key": corpus.key, **{key: store.manifest[key] for key in keys}}
+
+
+def _sums(entries: Sequence[dict[str, Any]], seq_len: int) -> dict[str, Any]:
+    """What several stores hold together, each counted once."""
+    sums = {key: sum(entry[key] for entry in entries) for key in _COUNTS}
+    return {
+        **sums,
+        "packing_efficiency": sums["tokens"] / (sums["rows"] * seq_len),
+        **{key: _added(entry[key] for entry in entries) for key in _REASONS},
+        **{key: [line for entry in entries for line in entry[key]] for key in ("formats", "warnings")},
+    }
+
+
+def _added(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(total)
+
+
+def _duplicates(
+    recipe: Recipe, train: Sequence[tuple[Corpus, Store]], sets: Sequence[tuple[Corpus, Store]], progress: Progress
+) -> Duplicates:
+    if recipe.data.streaming:
+        return Duplicates()
+    key = content_hash([corpus.key for corpus, _ in train], [(corpus.name, corpus.key) for corpus, _ in sets])
+    kept = cache_folder(recipe) / "duplicates" / f"{key}.json"
+    if not kept.is_file():
+        progress("looking for duplicates", 0, 0)
+    return find_duplicates([store for _, store in train], {c.name: store for c, store in sets}, kept=kept)
+
+
+def _streaming(
+    recipe: Recipe, evaluation: dict[str, Any] | None, stores: Sequence[Store], *, built: bool
+) -> Prepared:  # fmt: skip
+    """Training data that are read while they are learnt: nothing of them is known but where they come from."""
+    spec = tokenizer_of(recipe)
+    tokenizer = {**describe_tokenizer(spec, load_tokenizer(spec)), "name": spec.name}
+    known = {"tokenizer": tokenizer, "largest_id": 0}
+    _check_vocabulary(recipe, known)
+    sources = [
+        {"name": name, "path": source.path, "format": source.format}
+        for name, source in zip(source_names(recipe.data.train), recipe.data.train, strict=True)
+    ]
+    return Prepared(
+        train={"streaming": True, "rows": None, "epoch_rows": None, "fingerprint": None, "sources": sources},
+        eval=evaluation,
+        leaked={},
+        global_batch_size=recipe.train.global_batch_size,
+        steps_per_epoch=None,
+        total_rows=None,
+        total_steps=recipe.train.max_steps or 0,
+        vocab_size=max(_needed_ids(manifest) for manifest in (known, *(store.manifest for store in stores))),
+        tokenizer=tokenizer,
+        built=built,
+    )
 
 
 def _check_vocabulary(recipe: Recipe, manifest: dict[str, Any]) -> None:
@@ -283,34 +273,14 @@ def _default_vocab_size(config: dict[str, Any]) -> int | None:
     return getattr(whole.get_text_config(), "vocab_size", None)
 
 
-def _refuse_losses(manifest: dict[str, Any]) -> None:
-    lost = {**manifest["dropped"], **manifest["changed"]}
-    if lost:
-        lines = [f"  {reason}: {count}, the first is {manifest['first'][reason]}" for reason, count in lost.items()]
-        raise UserError("\n".join(["strict: records would be dropped or cut", *lines]))
-
-
-def _entry(store: Store) -> dict[str, Any]:
-    manifest = store.manifest
-    keys = (
-        "key", "rows", "documents", "tokens", "trained_tokens", "trained_weight", "packing_efficiency", "fingerprint",
-        "dropped", "changed", "formats",
-    )  # fmt: skip
-    return {"store": str(store.path), **{key: manifest[key] for key in keys}}
-
-
-def _make_writable(cache: Path) -> None:
-    try:
-        for name in ("packed", "tokens", "locks"):
-            (cache / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir = {cache}: cannot be written: {error.strerror}. Set it, or LAUNCHER_CACHE."
-        ) from error
-
-
-def _hash(*values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]
+def _refuse_losses(manifests: Sequence[dict[str, Any]]) -> None:
+    lines = [
+        f"  {reason}: {count}, the first is {manifest['first'][reason]}"
+        for manifest in manifests
+        for reason, count in {**manifest["dropped"], **manifest["changed"]}.items()
+    ]
+    if lines:
+        raise UserError("\n".join(["strict: records would be dropped, cut or repaired", *lines]))
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:

@@ -18,6 +18,7 @@ from launcher.jobs.rendezvous import address, require_free_port
 from launcher.jobs.spec import ENDPOINT
 from launcher.plan import make_plan
 from launcher.recipe.check import load
+from launcher.run.data import remarks
 
 
 def main(recipe_file: Path, endpoint: str | None = None, overrides: Sequence[str] = ()) -> None:
@@ -39,6 +40,8 @@ def main(recipe_file: Path, endpoint: str | None = None, overrides: Sequence[str
         open_run(run, recipe, plan, force=False, say=console.say)
         if not is_prepared(run, recipe):
             prepare_run(str(run.path), console.working)
+            for line in remarks(run.read_json("data.json")):
+                console.say(line)
         complete_plan(run)
     console.close()
 

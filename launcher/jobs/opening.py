@@ -14,9 +14,11 @@ from launcher.plan import Plan
 from launcher.plan.batch import empty_slots
 from launcher.recipe.check import Rule, load
 from launcher.recipe.schema import Recipe, to_dict
+from launcher.run.data import require_current
 from launcher.run.directory import RunDirectory
 from launcher.run.lease import Submission, hold_lease
 from launcher.run.ledger import CheckpointRef, latest_attempt, valid_checkpoints
+from launcher.run.state import reached_end
 
 Say = Callable[[str], None]
 
@@ -57,6 +59,7 @@ def open_run(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say:
     """
     found: list[Change] = []
     if run.exists():
+        _require_current_data(run, force=force)
         found = _go_on(run, recipe, plan, force=force, say=say)
     else:
         values = to_dict(recipe)
@@ -86,12 +89,18 @@ def _go_on(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say: S
         raise UserError(f"{run.path} is another run:\n{listed}\n{fix}")
     for change in found:
         say(f"changed {change}")
-    if breaking:
+    if breaking or force:
         run.data_file.unlink(missing_ok=True)
     if found:
         run.write_recipe(to_dict(recipe))
         run.write_plan(plan.to_dict())
     return found
+
+
+def _require_current_data(run: RunDirectory, *, force: bool) -> None:
+    """Raises UserError where another version of the launcher prepared the run's data and `force` is false."""
+    if run.data_file.exists() and not force and not reached_end(run):
+        require_current(run, run.read_json("data.json"))
 
 
 def _require_fit(run: RunDirectory, recipe: Recipe, found: Sequence[Change], newest: CheckpointRef) -> None:

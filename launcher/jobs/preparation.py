@@ -10,6 +10,7 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.jobs import rank, warm
 from launcher.recipe.schema import Recipe
+from launcher.run.data import epoch_rows, is_current, stores
 from launcher.run.directory import RunDirectory
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much, of how much (0: unknown)
@@ -19,7 +20,7 @@ def complete_plan(run: RunDirectory) -> None:
     """Put what only the data tell into the run's plan.json: rows, steps of an epoch, steps in all."""
     data, plan = run.read_json("data.json"), run.read_json("plan.json")
     known = {
-        "rows": data["train"]["rows"],
+        "rows": data["train"]["epoch_rows"],
         "steps_per_epoch": data["steps_per_epoch"],
         "total_steps": data["total_steps"],
     }
@@ -43,7 +44,7 @@ def is_prepared(run: RunDirectory, recipe: Recipe) -> bool:
     if not agrees(run, recipe):
         return False
     data = run.read_json("data.json")
-    return all(Path(part["store"]).is_dir() for part in (data["train"], data["eval"]) if part)
+    return is_current(data) and all(store.is_dir() for store in stores(data))
 
 
 def agrees(run: RunDirectory, recipe: Recipe) -> bool:
@@ -67,7 +68,7 @@ def total_steps(run: RunDirectory, recipe: Recipe) -> int | None:
 
 def _rows(data: Mapping[str, Any], recipe: Recipe) -> int:
     """Rows of all epochs together."""
-    return max(1, round(data["train"]["rows"] * (recipe.train.epochs or 1)))
+    return max(1, round(epoch_rows(data) * (recipe.train.epochs or 1)))
 
 
 def prepare_in_child(run: RunDirectory, *, progress: Progress, stop: Callable[[], bool]) -> None:
@@ -112,13 +113,37 @@ def prepare_in_child(run: RunDirectory, *, progress: Progress, stop: Callable[[]
 
 
 def prepare_run(run_path: str, progress: Progress) -> None:
-    """Prepare what the run's recipe names and write data.json, in this process."""
+    """Prepare what the run's recipe names and write data.json, in this process.
+
+    Raises:
+        UserError: the data cannot be learnt from, or not with the recipe's objective.
+    """
     from launcher.data.prepare import prepare, write_data_json
     from launcher.recipe.schema import from_dict
 
     run = RunDirectory(Path(run_path))
-    prepared = prepare(from_dict(run.read_recipe()), progress=_seldom(progress))
+    recipe = from_dict(run.read_recipe())
+    prepared = prepare(recipe, progress=_seldom(progress))
+    _require_plain(recipe, prepared.to_dict())
     write_data_json(run, prepared)
+
+
+def _require_plain(recipe: Recipe, data: Mapping[str, Any]) -> None:
+    """Refuse what the objective would learn wrongly: the bad answers of preference and labelled records."""
+    for key, entries in (("train", data["train"]["sources"]), ("eval", (data["eval"] or {"sets": []})["sets"])):
+        for entry in entries:
+            groups = entry.get("groups", {})
+            for kind, what in (("pairs", "pairs of a chosen and a rejected answer"), ("labelled", "labelled answers")):
+                if groups.get(kind):
+                    raise UserError(
+                        f"data.{key}: {entry['name']} holds {groups[kind]:,} {what} ({'; '.join(_said(entry))}), and "
+                        f"objective.kind = {recipe.objective.kind} would learn the bad answers, too. Set the source's "
+                        "format and columns so that only good answers are read, or remove the source."
+                    )
+
+
+def _said(entry: Mapping[str, Any]) -> list[str]:
+    return [f"read as {entry['format']}"] if "format" in entry else list(entry["formats"])
 
 
 def _seldom(progress: Progress, every_s: float = 0.1) -> Progress:

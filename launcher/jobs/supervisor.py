@@ -32,6 +32,7 @@ from launcher.jobs.targets import render
 from launcher.plan import Plan, make_plan
 from launcher.recipe.schema import Recipe
 from launcher.run.control import clear_stop, read_outcomes, request_stop, write_verdict
+from launcher.run.data import remarks
 from launcher.run.directory import RunDirectory
 from launcher.run.files import read_json
 from launcher.run.lease import Submission
@@ -246,6 +247,8 @@ def prepared(
     try:
         if not is_prepared(run, recipe):
             prepare_in_child(run, progress=console.working, stop=stop)
+            for line in remarks(run.read_json("data.json")):
+                console.say(line)
         complete_plan(run)
     except UserError as error:
         return Ending(status="failed", failure_class="user", message=str(error))

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher.data.batches import Batches
+from launcher.data.mix import Mix
 from launcher.data.store import Store
 from launcher.errors import UserError
+from launcher.run.data import require_current
 from launcher.trainer import engines, frozen, model, objectives
 from launcher.trainer.launch_check import other_precision
 from launcher.trainer.loop import Training
@@ -73,7 +75,8 @@ def assemble(
     return Training(
         recipe=recipe, run=run, attempt=attempt, ranks=ranks, engine=engine,
         rows=_rows(recipe, data, ranks=ranks, device=device, backend=backend, step=step),
-        eval_store=Store.open(data["eval"]["store"]) if data.get("eval") else None, backend=backend,
+        eval_sets={entry["name"]: Store.open(entry["store"]) for entry in (data["eval"] or {"sets": []})["sets"]},
+        backend=backend,
         reports=_reports(run, recipe, data, engine, attempt=attempt, ranks=ranks, step=step),
         saver=Saver(manager, engine, recipe.checkpoint, step=step if state else None, rank=ranks.rank),
         stop_asked=stop_asked, total_steps=int(data["total_steps"]), step=step,
@@ -93,7 +96,7 @@ def read_data(run: RunDirectory) -> dict[str, Any]:
     """What `prepare` wrote.
 
     Raises:
-        UserError: it has not run.
+        UserError: it has not run, or another version of it has.
     """
     try:
         data: dict[str, Any] = json.loads(run.data_file.read_text())
@@ -101,6 +104,7 @@ def read_data(run: RunDirectory) -> dict[str, Any]:
         raise UserError(
             f"{run.data_file}: missing, so the data is not prepared. Run `launcher run`, which prepares it."
         ) from None
+    require_current(run, data)
     return data
 
 
@@ -135,7 +139,7 @@ def _rows(
 ) -> Prefetch:
     total = int(data["total_steps"])
     batches = Batches(
-        Store.open(data["train"]["store"]), seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size,
+        Mix.open(data["train"]), seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size,
         micro_batch_size=recipe.train.micro_batch_size, world_size=ranks.world_size, rank=ranks.rank, total_steps=total,
         total_rows=data.get("total_rows"),
     )  # fmt: skip
@@ -153,5 +157,6 @@ def _reports(
             trackers=open_trackers(list(recipe.logging.trackers), run.path, step=step),
             module=engine.module, device=engine.device, world_size=ranks.world_size, attempt=attempt,
             every=recipe.logging.every_steps, total_steps=int(data["total_steps"]),
+            sources=[source["name"] for source in data["train"]["sources"]],
         )  # fmt: skip
     return Reports(figures, device=engine.device, stop_on_nonfinite=recipe.train.on_nonfinite == "stop")

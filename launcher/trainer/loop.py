@@ -33,6 +33,7 @@ STATE_EVERY_S = 3.0
 class Training:
     """Everything a rank needs to train.
 
+    eval_sets: stores of the evaluation sets by name; empty: none
     step: updates finished
     stop_asked: whether this rank was asked to stop (a signal on any rank, the run's stop request on rank 0)
     """
@@ -43,7 +44,7 @@ class Training:
     ranks: Ranks
     engine: Engine
     rows: Prefetch
-    eval_store: Store | None
+    eval_sets: dict[str, Store]
     backend: str
     reports: Reports
     saver: Saver
@@ -124,15 +125,15 @@ def is_evaluation_due(t: Training) -> bool:
 
 def run_evaluation(t: Training) -> None:
     """Evaluate where there are evaluation rows; collective."""
-    if t.eval_store is None:
+    if not t.eval_sets:
         return
     begin = time.perf_counter()
-    loss = evaluate(
-        t.engine, t.eval_store, micro_batch_size=t.recipe.train.micro_batch_size, rank=t.ranks.rank,
+    losses = evaluate(
+        t.engine, t.eval_sets, micro_batch_size=t.recipe.train.micro_batch_size, rank=t.ranks.rank,
         world_size=t.ranks.world_size, backend=t.backend,
     )  # fmt: skip
     if t.reports.figures is not None:
-        t.reports.figures.evaluation(t.step, loss)
+        t.reports.figures.evaluation(t.step, losses)
     t.reports.pause(time.perf_counter() - begin)
 
 
@@ -144,6 +145,7 @@ def finish(t: Training) -> None:
         t.reports.figures.metrics.sync()
         with Trouble(t.run.loss_png.name).said():
             plot_loss(t.run.metrics_file, t.run.loss_png, title=str(t.recipe.run.name or "loss"))
+        t.reports.figures.say_mix()
     write_state(t, "finished")
 
 

@@ -3,8 +3,10 @@
 One JSON object a line. A logged step has step (finished updates, from 1), loss (of that step's global batch), lr,
 grad_norm (before clipping), tokens (of the global batch), tokens_per_s (over all ranks, since the last logged step),
 mfu (share of the device's peak, null where unknown), memory_gib (peak of rank 0), data_wait_s (time rank 0 waited for
-rows since the last logged step), time (Unix seconds), attempt. An evaluation has step and eval_loss. A number that is
-not finite is null. A resumed run repeats steps: the last line of a step counts.
+rows since the last logged step), time (Unix seconds), attempt; with several sources also mix (of the tokens since the
+last logged step, the share of each source by name). An evaluation has step, eval_loss (over all sets), and
+eval_loss/NAME of each set. A number that is not finite is null. A resumed run repeats steps: the last line of a step
+counts.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import torch
 
 from launcher.run.files import write_atomic
 from launcher.trainer.trouble import Trouble
+
+EVAL_PREFIX = "eval_loss/"  # before the name of an evaluation set
 
 _LONGEST_LINE_BYTES = 1 << 16
 
@@ -173,6 +177,11 @@ def plot_loss(metrics: Path, png: Path, *, title: str) -> None:
     axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], linewidth=1, label="training")
     if evaluations:
         axes.plot([e["step"] for e in evaluations], [e["eval_loss"] for e in evaluations], "o-", label="evaluation")
+    names = sorted({key for e in evaluations for key in e if key.startswith(EVAL_PREFIX)})
+    for name in names if len(names) > 1 else ():
+        some = [e for e in evaluations if e.get(name) is not None]
+        label = name.removeprefix(EVAL_PREFIX)
+        axes.plot([e["step"] for e in some], [e[name] for e in some], ".--", linewidth=0.8, label=label)
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launcher.trainer.evaluation import EvalLosses
 from launcher.trainer.failures import NonFiniteError
-from launcher.trainer.metrics import MetricsWriter, console_line, flops_per_step, memory_gib, peak_flops
+from launcher.trainer.metrics import EVAL_PREFIX, MetricsWriter, console_line, flops_per_step, memory_gib, peak_flops
 from launcher.trainer.rows import StepRows
 from launcher.trainer.trackers import Tracker
 
@@ -86,6 +88,7 @@ class Figures:
     """Where rank 0 puts the figures of logged steps; other ranks have none.
 
     every: steps between two logged ones
+    sources: names of the training sources
     """
 
     metrics: MetricsWriter
@@ -96,8 +99,11 @@ class Figures:
     attempt: int
     every: int
     total_steps: int
+    sources: list[str] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
     _tokens: int = 0
+    _mix: Counter[str] = field(default_factory=Counter)  # tokens of each source since the last logged step
+    _whole_mix: Counter[str] = field(default_factory=Counter)  # and since this attempt began
     _flops: float = 0.0
     _wait_s: float = 0.0
     _since: float = field(default_factory=time.perf_counter)
@@ -105,6 +111,7 @@ class Figures:
     def step(self, report: Pending, loss: float, norm: float) -> None:
         """Count a finished step; write it if it is due."""
         self._tokens += report.rows.tokens
+        self._mix.update(dict(zip(self.sources, report.rows.source_tokens, strict=False)))
         peak = peak_flops(self.device)
         if peak:
             self._flops += flops_per_step(self.module, tokens=report.rows.tokens, cost=report.rows.cost)
@@ -117,14 +124,27 @@ class Figures:
             "tokens": report.rows.tokens, "tokens_per_s": self._tokens / elapsed,
             "mfu": self._flops / elapsed / (peak * self.world_size) if peak else None,
             "memory_gib": memory_gib(self.device), "data_wait_s": self._wait_s,
+            **({"mix": _shares(self._mix)} if len(self.sources) > 1 else {}),
         })  # fmt: skip
         print(console_line(self.last, total_steps=self.total_steps), flush=True)
+        self._whole_mix.update(self._mix)
+        self._mix.clear()
         self._tokens, self._flops, self._wait_s, self._since = 0, 0.0, 0.0, report.at
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluation(self, step: int, losses: EvalLosses) -> None:
         """Write an evaluation."""
-        self.write({"step": step, "eval_loss": loss})
-        print(f"step {step}/{self.total_steps}  evaluation loss {loss:.4f}", flush=True)
+        sets = losses.sets
+        self.write({"step": step, "eval_loss": losses.total} | {EVAL_PREFIX + name: sets[name] for name in sets})
+        apart = ", ".join(f"{name} {loss:.4f}" for name, loss in sets.items()) if len(sets) > 1 else ""
+        print(
+            f"step {step}/{self.total_steps}  evaluation loss {losses.total:.4f}{apart and f' ({apart})'}", flush=True
+        )
+
+    def say_mix(self) -> None:
+        """Print what of each source this attempt has learnt, where there are several."""
+        if len(self.sources) > 1 and (shares := _shares(self._whole_mix)):
+            tokens = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+            print(f"mix of the {sum(self._whole_mix.values()):,} tokens of this attempt: {tokens}", flush=True)
 
     def write(self, values: dict[str, Any]) -> None:
         """One line, everywhere; a number that is not finite is null in JSON."""
@@ -141,6 +161,12 @@ class Figures:
         self.metrics.close()
         for tracker in self.trackers:
             tracker.close()
+
+
+def _shares(tokens: Counter[str]) -> dict[str, float]:
+    """Of all tokens, that of each source."""
+    whole = sum(tokens.values())
+    return {name: count / whole for name, count in tokens.items()} if whole else {}
 
 
 class Reports:

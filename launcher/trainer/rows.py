@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -26,6 +26,7 @@ class StepRows:
     micro: micro-batches, the same number on every rank
     weight: sum of trained weights of the global batch, the loss's denominator
     tokens: real tokens of the global batch
+    source_tokens: of them, those of each source
     cost: sum of squared document lengths of the global batch
     wait_s: seconds the loop waited for it
     """
@@ -34,6 +35,7 @@ class StepRows:
     micro: list[Batch]
     weight: float
     tokens: int
+    source_tokens: tuple[int, ...]
     cost: float
     wait_s: float = 0.0
 
@@ -66,7 +68,7 @@ class Prefetch:
         assert ready.step == step, f"rows of step {ready.step} prefetched, step {step} asked for"
         self._next = self._thread.submit(self._build, step + 1) if step + 1 < self._last else None
         micro = [batch.to(self._device) for batch in ready.micro]
-        return StepRows(step, micro, ready.weight, ready.tokens, ready.cost, time.perf_counter() - begin)
+        return replace(ready, micro=micro, wait_s=time.perf_counter() - begin)
 
     def close(self) -> None:
         """Drop what was built ahead."""
@@ -81,7 +83,7 @@ class Prefetch:
             micro.append(batch.pin() if self._device.type == "cuda" else batch)
         if data.weight <= 0:
             raise DataError(f"step {step}: no token of its {len(data.rows)} rows is trained. Check data.train_on.")
-        return StepRows(step, micro, data.weight, data.tokens, float(self._batches.mix.row_cost[data.rows].sum()))
+        return StepRows(step, micro, data.weight, data.tokens, data.source_tokens, data.cost)
 
 
 def read_guarded(read: Callable[[], _T], what: str) -> _T:

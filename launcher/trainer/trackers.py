@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,8 +42,9 @@ class TensorBoard:
         with self._trouble.said():
             writer, self._writer = self._writer or self._open(), None  # one that raises will never write again
             for key, value in values.items():
-                if key not in ("step", "time", "attempt") and isinstance(value, int | float):
-                    writer.add_scalar(key, value, values["step"])
+                if key not in ("step", "time", "attempt"):
+                    for name, number in scalars(key, value):
+                        writer.add_scalar(name, number, values["step"])
             self._writer = writer
 
     def close(self) -> None:
@@ -50,6 +52,14 @@ class TensorBoard:
         if self._writer is not None:
             with self._trouble.said():
                 self._writer.close()
+
+
+def scalars(key: str, value: Any) -> Iterator[tuple[str, float]]:
+    """A figure as single numbers: `mix: {a: 0.5}` as `mix/a`."""
+    if isinstance(value, dict):
+        yield from ((f"{key}/{name}", number) for name, number in value.items())
+    elif isinstance(value, int | float):
+        yield key, value
 
 
 TRACKERS = {"tensorboard": TensorBoard}

@@ -164,9 +164,10 @@ def make_run(folder: Path, recipe: Recipe, *, total_steps: int = 6, evaluation: 
     opened = Store.open(path)
     run = RunDirectory(folder / "run")
     run.create(to_dict(recipe), {}, {})
-    part = {"store": str(path), "rows": opened.rows, "trained_weight": float(opened.row_weight.sum())}
+    part = {"name": "made", "store": str(path), "rows": opened.rows, "epoch_rows": opened.rows}
     data = {
-        "version": 1, "train": part, "eval": part if evaluation else None, "vocab_size": VOCAB, "total_rows": None,
+        "version": 2, "train": {"sources": [part]}, "eval": {"sets": [part]} if evaluation else None,
+        "vocab_size": VOCAB, "total_rows": None,
         "global_batch_size": recipe.train.global_batch_size, "total_steps": total_steps,
     }  # fmt: skip
     run.data_file.write_text(json.dumps(data))

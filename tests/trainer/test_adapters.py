@@ -203,7 +203,7 @@ def reference(store: str) -> list[float]:
     for step in range(4):
         data, total = rows.step(step), 0.0
         for row in data.rows:
-            for document in rows.store.documents(int(row)):
+            for document in rows.mix.documents(int(row)):
                 tokens = torch.tensor(document.tokens.astype("int64"))
                 nll = torch.nn.functional.cross_entropy(
                     wrapped(tokens[None]).logits[0, :-1], tokens[1:], reduction="none"

@@ -76,7 +76,7 @@ def reference(store: str) -> tuple[list[float], dict[str, torch.Tensor]]:
         data = rows.step(step)
         total = 0.0
         for row in data.rows:
-            for document in rows.store.documents(int(row)):
+            for document in rows.mix.documents(int(row)):
                 tokens = torch.tensor(document.tokens.astype("int64"))
                 nll = torch.nn.functional.cross_entropy(lm(tokens[None]).logits[0, :-1], tokens[1:], reduction="none")
                 loss = (nll * torch.tensor(document.weights[1:])).sum() / data.weight
