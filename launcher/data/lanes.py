@@ -142,16 +142,16 @@ class LaneState:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> LaneState:
-        """The state that `arrays` was made of."""
+        """The state that `arrays` was made of; they may have been flattened."""
         words = json.loads(arrays["words"].tobytes())
         tokens, weights, at = arrays["tokens"].view(np.uint32), arrays["weights"], 0
         places: dict[int, list[Streamed]] = {}
-        for length, source, file, place, start, where in arrays["documents"].tolist():
+        for length, source, file, place, start, where in arrays["documents"].reshape(-1, 6).tolist():
             document = Streamed(tokens[at : at + length], weights[at : at + length], source, file, place, start)
             places.setdefault(where, []).append(document)
             at += length
         return cls(
-            positions=tuple(Position(*row) for row in arrays["positions"].tolist()),
+            positions=tuple(Position(*row) for row in arrays["positions"].reshape(-1, 3).tolist()),
             taken=tuple(arrays["taken"].tolist()), draws=words["draws"], buffer=tuple(places.pop(-1, ())),
             waiting=tuple(places.pop(-2, ())), rows=tuple(tuple(places[row]) for row in sorted(places)),
             dropped=words["dropped"], changed=words["changed"], first=words["first"],

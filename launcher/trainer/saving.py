@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from launcher.trainer.failures import SaveError
 
 if TYPE_CHECKING:
     from launcher.recipe.schema import Checkpoint
+    from launcher.trainer.checkpoint.lanes import LanesTaken
     from launcher.trainer.checkpoint.manager import CheckpointManager
     from launcher.trainer.engines import Engine
 
@@ -26,11 +28,14 @@ class Saver:
     Args:
         step: the step of the checkpoint that was loaded, None when the run begins
         rank: rank 0 keeps the clock: saves by time and retries are its flag in the step's reduction
+        stream: where data are streamed, takes this rank's lanes as they are behind the last batch that was handed out
     """
 
     def __init__(
-        self, manager: CheckpointManager, engine: Engine, checkpoint: Checkpoint, *, step: int | None, rank: int
-    ) -> None:
+        self, manager: CheckpointManager, engine: Engine, checkpoint: Checkpoint, *, step: int | None, rank: int,
+        stream: Callable[[], LanesTaken] | None = None,
+    ) -> None:  # fmt: skip
+        self._stream = stream
         self._manager, self._engine, self._keys, self._rank = manager, engine, checkpoint, rank
         self.saved_step = step
         self._last = time.monotonic()
@@ -56,7 +61,7 @@ class Saver:
         self._last, self._retry_at = time.monotonic(), None
         self.saved_step = step
         self._engine.ensure_state()
-        self._manager.save(step, self._engine, self._state(step))
+        self._manager.save(step, self._engine, self._state(step), lanes=self._stream() if self._stream else None)
 
     def look(self) -> bool:
         """Whether a save has ended well since the last look; a failed one is said and put on the clock."""

@@ -26,7 +26,7 @@ class Manager:
     def __init__(self, *ends: str) -> None:
         self.ends, self.saved, self.told = list(ends), [], []  # type: ignore[var-annotated]
 
-    def save(self, step: int, engine: Any, state: dict[str, Any]) -> None:
+    def save(self, step: int, engine: Any, state: dict[str, Any], *, lanes: Any = None) -> None:
         json.dumps(state)  # it must be JSON
         self.saved.append(step)
         end = self.ends.pop(0) if self.ends else "done"

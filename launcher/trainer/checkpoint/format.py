@@ -65,6 +65,11 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
+def stream_file(rank: int) -> str:
+    """Name of the file with the lanes of a stream that a rank owns."""
+    return f"stream-{rank:05d}.safetensors"
+
+
 def share_replicas(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """What this rank writes: replica q of Q takes the q-th of Q equal cuts through all pieces laid end to end.
 

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,15 +17,18 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from launcher.run import ledger
 from launcher.run.directory import MARKER, RunDirectory
 from launcher.trainer.checkpoint import retention
 from launcher.trainer.checkpoint.format import CheckpointError, HostBuffer, Piece, take_snapshot
+from launcher.trainer.checkpoint.lanes import LanesTaken, read_lanes
 from launcher.trainer.checkpoint.reader import (
     VERSION,
     Manifest,
     Reader,
+    all_files,
     header_metadata,
     read_manifest,
     read_table,
@@ -94,7 +97,9 @@ class CheckpointManager:
         self._finished: deque[SaveStatus] = deque()
         self._in_flight: int | None = None
 
-    def save(self, step: int, engine: Engine, trainer_state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, engine: Engine, trainer_state: dict[str, Any], *, lanes: LanesTaken | None = None
+    ) -> None:
         """Begin a checkpoint of the state after `step` optimizer steps; how it ends, `poll` or `wait` say.
 
         Waits first for a save still in flight, so that memory for one copy is enough. Nothing is done when this attempt
@@ -102,6 +107,8 @@ class CheckpointManager:
 
         Args:
             trainer_state: JSON-able; what beside the engine's pieces the loop needs to go on. That of rank 0 is kept.
+            lanes: where data are streamed, gives this rank's lanes as they are behind the batch of this step; called
+                later, in the thread
         """
         self._join()
         began = time.monotonic()
@@ -114,7 +121,7 @@ class CheckpointManager:
         manifest = self._manifest(step, engine, trainer_state)
         snapshot = take_snapshot(engine.pieces(), header_metadata(manifest, self.rank), self._buffer)
         fence = partial(ledger.fenced, self.run, self.attempt)
-        save = Save(folder, self.rank, self.world_size, snapshot, manifest, self.patience_s, fence)
+        save = Save(folder, self.rank, self.world_size, snapshot, manifest, self.patience_s, fence, lanes)
         self._in_flight = step
         self._thread = threading.Thread(target=self._work, args=(save, began, time.monotonic()), daemon=True)
         self._thread.start()
@@ -170,6 +177,17 @@ class CheckpointManager:
                 log.info("removed %s: unfinished or void", name)
         return state
 
+    def load_lanes(self, wanted: Collection[int]) -> dict[int, dict[str, NDArray[Any]]] | None:
+        """These lanes of the stream in the checkpoint that was loaded, whichever ranks wrote them; None without one.
+
+        Raises:
+            CheckpointError: it does not hold one of them.
+        """
+        if self.loaded is None:
+            return None
+        folder = self.run.checkpoints / self.loaded
+        return read_lanes(folder, read_manifest(folder, run_id=self.meta["run_id"]), wanted)
+
     def _prepare(self, folder: Path) -> tuple[bool, str | None]:
         """(this step is committed already, why there can be no save)."""
         try:
@@ -223,7 +241,7 @@ class CheckpointManager:
         manifest, mine = None, []
         try:
             manifest = read_manifest(folder, run_id=self.meta["run_id"])
-            mine = verify_files(folder, manifest, range(self.rank, len(manifest["files"]), self.world_size))
+            mine = verify_files(folder, manifest, range(self.rank, len(all_files(manifest)), self.world_size))
         except CheckpointError as error:
             mine = [str(error)]
         problems = sorted({problem for part in self._from_all(mine) for problem in part})

@@ -70,13 +70,19 @@ def header_metadata(manifest: Manifest, rank: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def verify_files(folder: Path, manifest: Manifest, ranks: Iterable[int]) -> list[str]:
-    """Read and hash the files of these ranks; one sentence for each that is not what the manifest says."""
-    return [problem for rank in ranks if (problem := _verify_file(folder, manifest, rank))]
+def all_files(manifest: Manifest) -> list[dict[str, Any]]:
+    """Every file of a checkpoint: one for each rank, then those that hold lanes of a stream."""
+    return [{"rank": rank, **record} for rank, record in enumerate(manifest["files"])] + manifest.get("stream", [])
 
 
-def _verify_file(folder: Path, manifest: Manifest, rank: int) -> str | None:
-    record = manifest["files"][rank]
+def verify_files(folder: Path, manifest: Manifest, numbers: Iterable[int]) -> list[str]:
+    """Read and hash these of `all_files`; one sentence for each that is not what the manifest says."""
+    records = all_files(manifest)
+    return [problem for number in numbers if (problem := _verify_file(folder, manifest, records[number]))]
+
+
+def _verify_file(folder: Path, manifest: Manifest, record: dict[str, Any]) -> str | None:
+    rank = record["rank"]
     path, digest, size = folder / record["file"], xxhash.xxh3_128(), 0
     buffer = memoryview(bytearray(CHUNK))
     try:
@@ -145,8 +151,9 @@ def read_table(folder: Path, manifest: Manifest) -> Table:
 
 
 def _strangers(folder: Path, manifest: Manifest) -> list[str]:
-    known = {record["file"] for record in manifest["files"]}
-    found = sorted(path.name for path in folder.glob("rank-*") if path.name not in known)
+    known = {record["file"] for record in all_files(manifest)}
+    written = (path.name for pattern in ("rank-*", "stream-*") for path in folder.glob(pattern))
+    found = sorted(name for name in written if name not in known)
     return [f"{folder.name}/{name}: does not belong to this checkpoint" for name in found]
 
 

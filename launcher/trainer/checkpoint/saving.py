@@ -20,8 +20,9 @@ from typing import Any
 from launcher.run.directory import MARKER
 from launcher.run.files import sync_folder, write_atomic
 from launcher.run.ledger import StaleAttempt
-from launcher.trainer.checkpoint.format import CheckpointError, Snapshot, rank_file, write_file
-from launcher.trainer.checkpoint.reader import MANIFEST, Manifest, expected_ranges, marker_text
+from launcher.trainer.checkpoint.format import CheckpointError, Snapshot, rank_file, stream_file, write_file
+from launcher.trainer.checkpoint.lanes import LanesTaken, check_lanes, lanes_snapshot
+from launcher.trainer.checkpoint.reader import MANIFEST, Manifest, expected_ranges, header_metadata, marker_text
 from launcher.trainer.checkpoint.retention import discard
 
 _DONE, _FAILED = ".done", ".failed"
@@ -36,6 +37,7 @@ class Save:
     manifest: all but `files` and `kinds`; only rank 0 uses it
     patience_s: how long a peer may take longer than this rank
     fence: inside, no newer attempt begins; raises StaleAttempt on entry when one has
+    lanes: gives the lanes of the stream that this rank owns; None: data are not streamed
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class Save:
     manifest: Manifest
     patience_s: float
     fence: Callable[[], contextlib.AbstractContextManager[None]]
+    lanes: LanesTaken | None = None
 
 
 def carry_out(save: Save) -> int:
@@ -69,7 +72,7 @@ def _write_own(save: Save) -> tuple[int, str | None]:
     path = save.folder / rank_file(save.rank)
     try:
         record = write_file(path, save.snapshot)
-        verdict = {**asdict(record), "elements": save.snapshot.elements}
+        verdict = {**asdict(record), "elements": save.snapshot.elements, "stream": _write_lanes(save)}
         temporary = path.with_suffix(".done-tmp")
         temporary.write_text(json.dumps(verdict))
         temporary.rename(path.with_suffix(_DONE))
@@ -79,6 +82,16 @@ def _write_own(save: Save) -> tuple[int, str | None]:
         _report_failure(save, path, reason)
         return 0, reason
     return record.bytes, None
+
+
+def _write_lanes(save: Save) -> dict[str, Any] | None:
+    """What the manifest says of the file of this rank's lanes; None where it owns none."""
+    lanes = save.lanes() if save.lanes is not None else {}
+    if not lanes:
+        return None
+    snapshot = lanes_snapshot(lanes, header_metadata(save.manifest, save.rank))
+    record = write_file(save.folder / stream_file(save.rank), snapshot)
+    return {**asdict(record), "rank": save.rank, "lanes": sorted(lanes)}
 
 
 def _report_failure(save: Save, path: Path, reason: str) -> None:
@@ -136,6 +149,9 @@ def _commit(save: Save, verdicts: list[dict[str, Any]]) -> None:
     for verdict in verdicts:
         for kind, count in verdict.pop("elements").items():
             elements[kind] = elements.get(kind, 0) + count
+    if streams := [stream for verdict in verdicts if (stream := verdict.pop("stream"))]:
+        check_lanes(streams)
+        manifest = {**manifest, "stream": streams}
     manifest = {**manifest, "kinds": sorted(elements), "files": verdicts}
     _check_count(manifest, elements)
     for path in folder.iterdir():
