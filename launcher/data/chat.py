@@ -1,143 +1,123 @@
-"""Which tokens of a conversation are trained, proven against the tokenizer's own chat template.
+"""What of a conversation is trained: which turns, how much, and which characters of the rendered text those are.
 
-For each trained turn two cuts of the rendered text are needed: where the model would begin to write, and where it has
-written its stop token. Each is rendered on its own from the turns before it. Only if both renderings begin the whole
-text, in characters and in token ids, are the tokens between them known to be what the model writes; else the turn is
-refused.
+Where a turn lies is proven by `launcher.data.proof`; which tokens its characters are by `launcher.data.cuts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from launcher.data.formats import Chat
+from launcher.data.proof import Conversation, locate
+from launcher.data.template import Template, template_of
 from launcher.errors import UserError
-from launcher.shipped import folder
+from launcher.recipe.schema.data import Data
 
-Messages = Sequence[dict[str, str]]
+__all__ = ["MaskRule", "Rendered", "Span", "render", "template_of"]
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """Characters begin:end of the whole text are what the model writes as turn `turn`, numbered from 1."""
+class MaskRule:
+    """Which turns are trained.
+
+    train_on: assistant (every turn of `roles`), last_assistant, or all (every token of the text)
+    roles: whose turns; tool results never are
+    end_of_turn: whether what ends a trained turn is trained
+    """
+
+    train_on: str = "assistant"
+    roles: tuple[str, ...] = ("assistant",)
+    end_of_turn: bool = True
+
+    @classmethod
+    def of(cls, data: Data) -> MaskRule:
+        """The rule of a recipe."""
+        return cls(data.train_on, tuple(data.train_roles), data.train_end_of_turn)
+
+    def weights(self, messages: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+        """How much each turn counts; what a message itself says outranks the rule. Turns that are absent: not at all.
+
+        Raises:
+            UserError: a tool result is to be trained, or a weight is none; names the turn.
+        """
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+        weights = {}
+        for i, message in enumerate(messages):
+            said = _said(message, i + 1)
+            if said is not None:
+                weights[i] = said
+            elif self.train_on == "last_assistant":
+                weights.update({i: 1.0} if i == last else {})
+            elif self.train_on == "assistant" and message["role"] in self.roles:
+                weights[i] = 1.0
+        return weights
+
+
+def _said(message: Mapping[str, Any], turn: int) -> float | None:
+    """The weight that a message gives itself by `train` and `weight`."""
+    train, weight = message.get("train"), message.get("weight")
+    if train is None and weight is None:
+        return None
+    value = 0.0 if train is False else 1.0 if weight is None else float(weight)
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"turn {turn}: weight = {weight}: expected a number of 0 or more.")
+    if value and message["role"] == "tool":
+        raise UserError(f"turn {turn}: a tool result is not written by the model and never trained. Remove its train.")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Characters begin:end of the text are turn `turn` (from 1), and count `weight`."""
 
     turn: int
     begin: int
     end: int
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation as text, with the spans to train; `cuts` None: every token."""
+    """A conversation as text.
+
+    spans: what is trained, in order, apart from one another
+    base: weight of everything outside of the spans, 0 or 1
+    notes: what the template leaves out by its own design, as reasoning; to be counted
+    """
 
     text: str
-    cuts: list[Cut] | None
-
-    def texts(self) -> list[str]:
-        """The whole text, then the two beginnings that prove each cut: what has to be tokenised."""
-        return [self.text, *(self.text[:at] for cut in self.cuts or [] for at in (cut.begin, cut.end))]
-
-    def mask(self, ids: Sequence[Sequence[int]]) -> NDArray[np.uint8]:
-        """Which tokens of the whole text are trained.
-
-        Args:
-            ids: token ids of each of `texts`.
-        Returns:
-            [tokens] uint8, 1 where trained.
-        Raises:
-            UserError: a token reaches over a cut, so the model never sees these ids when it writes.
-        """
-        whole, *beginnings = ids
-        if self.cuts is None:
-            return np.ones(len(whole), dtype=np.uint8)
-        mask = np.zeros(len(whole), dtype=np.uint8)
-        for i, cut in enumerate(self.cuts):
-            begin, end = beginnings[2 * i], beginnings[2 * i + 1]
-            for part, place in ((begin, "begins"), (end, "ends")):
-                if list(whole[: len(part)]) != list(part):
-                    raise UserError(
-                        f"turn {cut.turn}: a token reaches over the place where the turn {place}, so which tokens are "
-                        f"trained cannot be proven. Strip white space at the ends of its content."
-                    )
-            mask[len(begin) : len(end)] = 1
-        return mask
+    spans: list[Span]
+    base: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
 
-def render(messages: Messages, template: Callable[[Messages, bool], str], *, train_on: str) -> Rendered:
+def render(chat: Chat, template: Template, rule: MaskRule) -> Rendered:
     """Render a conversation and find what is trained.
 
-    Args:
-        template: (messages, add_generation_prompt) -> text.
-        train_on: assistant, last_assistant or all.
     Raises:
-        UserError: the template refuses the conversation, or a trained turn cannot be proven; names the turn.
+        UserError: the template refuses the conversation or would leave out a part of it, or a trained turn cannot be
+            proven; names the turn.
     """
-    if not messages:
+    if not chat.messages:
         raise UserError("the conversation has no turn.")
-    text = _call(template, messages, False, turn=len(messages))
-    if train_on == "all":
-        return Rendered(text, None)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if train_on == "last_assistant":
-        turns = turns[-1:]
-    return Rendered(text, [_cut(messages, turn, text, template) for turn in turns])
+    weights = rule.weights(chat.messages)
+    base = 1.0 if rule.train_on == "all" else 0.0
+    wanted = [i for i, weight in weights.items() if weight != base]
+    notes = []
+    if empty := [i for i in wanted if weights[i] and _is_empty(chat.messages[i])]:
+        wanted = [i for i in wanted if i not in empty]
+        notes.append("a turn without words is not trained")
+    located = locate(Conversation(chat.messages, chat.tools, template), wanted, bodies=not rule.end_of_turn)
+    spans = []
+    for place in located.places:
+        end = place.end if rule.end_of_turn else place.body
+        if end > place.begin:
+            spans.append(Span(place.index + 1, place.begin, end, weights[place.index]))
+    return Rendered(located.text, spans, base, [*notes, *located.notes])
 
 
-def _cut(messages: Messages, index: int, text: str, template: Callable[[Messages, bool], str]) -> Cut:
-    turn = index + 1
-    if index == 0:
-        raise UserError(f"turn {turn}: the conversation begins with an assistant turn, so nothing asks for it.")
-    before = _call(template, messages[:index], True, turn=turn)
-    through = text if turn == len(messages) else _call(template, messages[:turn], False, turn=turn)
-    for prefix, what in ((before, "the turns before it"), (through, "the turns up to it")):
-        if not text.startswith(prefix):
-            raise UserError(
-                f"turn {turn}: the chat template writes {what} differently once later turns follow, so which tokens "
-                f"are trained cannot be proven. Use data.train_on=last_assistant or another data.chat_template."
-            )
-    if not through.startswith(before):
-        raise UserError(f"turn {turn}: the chat template's generation prompt is not how the turn begins.")
-    end = len(through.rstrip())  # white space after the stop token (ChatML's newline) is not written by the model
-    content = messages[index]["content"].strip()
-    written = through[len(before) : end]
-    if not written or (content and written.endswith(content) and not _stops(messages[:turn], template)):
-        raise UserError(
-            f"turn {turn}: the chat template writes no stop token after an assistant turn, so the model would never "
-            f"learn to stop. Add {{{{ eos_token }}}} after it in data.chat_template."
-        )
-    return Cut(turn, len(before), end)
-
-
-def _stops(messages: Messages, template: Callable[[Messages, bool], str]) -> bool:
-    """Whether something follows the words of the last turn; they themselves may be the end of a stop token, as `>`."""
-    probe = [*messages[:-1], {**messages[-1], "content": "words"}]
-    return not _call(template, probe, False, turn=len(messages)).rstrip().endswith("words")
-
-
-def _call(template: Callable[[Messages, bool], str], messages: Messages, generation: bool, *, turn: int) -> str:
-    try:
-        return template(messages, generation)
-    except Exception as error:  # a Jinja template may raise anything
-        raise UserError(f"turn {turn}: the chat template failed: {type(error).__name__}: {error}") from error
-
-
-def template_of(tokenizer: Any) -> Callable[[Messages, bool], str]:
-    """The tokenizer's template as a function of messages.
-
-    Raises:
-        UserError: the tokenizer has no template.
-    """
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer has no chat template, which conversations need. Set data.chat_template to a Jinja file, as "
-            f"{folder('recipes')}/chat_templates/chatml.jinja, or use format prompt_completion or text."
-        )
-
-    def template(messages: Messages, generation: bool) -> str:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
-
-    return template
+def _is_empty(message: Mapping[str, Any]) -> bool:
+    return not (message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))

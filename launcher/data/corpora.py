@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.data.chat import MaskRule
 from launcher.data.lock import build_lock
 from launcher.data.names import source_names
 from launcher.data.parts import Progress, TokensJob, ensure_tokens
@@ -164,7 +165,7 @@ def _job(recipe: Recipe, source: Source, encoding: str, check_tokenizer: CheckTo
         listing,
         key,
         tokenizer_of(recipe),
-        train_on=recipe.data.train_on,
+        rule=MaskRule.of(recipe.data),
         objective=recipe.objective.kind,
         num_workers=recipe.data.num_workers or len(os.sched_getaffinity(0)),
         check_tokenizer=check_tokenizer,

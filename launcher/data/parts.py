@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.data.chat import MaskRule
 from launcher.data.formats import choose
 from launcher.data.lock import build_lock
 from launcher.data.sources import Listing, load, records
@@ -36,7 +37,7 @@ class TokensJob:
     listing: Listing
     key: str
     spec: TokenizerSpec
-    train_on: str
+    rule: MaskRule
     objective: str
     num_workers: int
     check_tokenizer: Callable[[dict[str, Any]], None]
@@ -78,7 +79,7 @@ def _tokenise(job: TokensJob, folder: Path, progress: Progress, beat: Callable[[
         raise UserError(f"{source.path}: holds no records.")
     first = records(tables[full[0]], 0, 1, job.listing.names[full[0]])[0]
     form = choose(source, tables[full[0]].column_names, first)
-    context = ShardContext(job.spec, form, tables, job.listing.names, train_on=job.train_on, objective=job.objective)
+    context = ShardContext(job.spec, form, tables, job.listing.names, rule=job.rule, objective=job.objective)
     tokenizer = describe_tokenizer(job.spec, context.tokenizer())
     job.check_tokenizer(tokenizer)
     context.check()

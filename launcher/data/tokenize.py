@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
+from numpy.typing import NDArray
 
-from launcher.data.chat import Rendered, render, template_of
-from launcher.data.formats import Chat, Completion, Example, Format, Text
+from launcher.data.chat import MaskRule, Rendered, render, template_of
+from launcher.data.cuts import Cutter
+from launcher.data.encode import TextEncoder
+from launcher.data.formats import Chat, Completion, Example, Format, Labelled, Pair, Skip, Text, Tokens
 from launcher.data.sources import place, records
-from launcher.data.store import Encoded, write_part
+from launcher.data.store import Encoded, Side, write_part
+from launcher.data.template import Template
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
 from launcher.errors import UserError
 
 _BATCH = 256  # records that are tokenised in one call
+APART = "tokenised apart where a token would reach over the border of a turn"
+
+Ids = NDArray[np.uint32]
+Weights = NDArray[Any]  # uint8, or float32 where a weight is no whole number
+
+
+@dataclass(slots=True)
+class Group:
+    """What one record becomes.
+
+    documents: (ids, weights, `Side`) each; the two of a pair are chosen, then rejected
+    hash: xxh3_64 of the record's text, the same under any tokenizer, template and mask
+    dropped: why nothing is learnt from it, else ""
+    changed: what was done to it so that it can be learnt
+    """
+
+    documents: list[tuple[Ids, Weights, int]]
+    hash: int
+    dropped: str = ""
+    changed: list[str] = field(default_factory=list)
 
 
 class Encoder:
@@ -25,14 +52,16 @@ class Encoder:
 
     Args:
         tokenizer: as `load_tokenizer` gives it.
-        train_on: assistant, last_assistant or all.
         objective: sft or pretrain; pretrain trains every token.
     """
 
-    def __init__(self, tokenizer: Any, *, train_on: str, objective: str) -> None:
+    def __init__(self, tokenizer: Any, *, rule: MaskRule, objective: str) -> None:
         self._tokenizer = tokenizer
-        self._train_on = "all" if objective == "pretrain" else train_on
-        self._train_prompts = self._train_on == "all"
+        self._rule = MaskRule("all") if objective == "pretrain" else rule
+        self._answers = replace(rule, train_on="assistant", roles=("assistant",))
+        self._encoder = TextEncoder(tokenizer)
+        self._cutter = Cutter(tokenizer, self._encoder)
+        self._template: Template | None = None
 
     def check(self, form: Format) -> None:
         """Refuse, before any record is read, a tokenizer that cannot serve the format.
@@ -40,74 +69,221 @@ class Encoder:
         Raises:
             UserError: no chat template, or no end token.
         """
-        if form.name in ("messages", "sharegpt", "alpaca"):
-            template_of(self._tokenizer)
-        elif self._tokenizer.eos_token_id is None:
-            raise UserError(
-                f"the tokenizer has no end token, which format {form.name} puts after every document. Set eos_token in "
-                f"its tokenizer_config.json."
-            )
+        if form.name in ("messages", "sharegpt", "alpaca", "query_response"):
+            self._chat_template()
+        elif form.name in ("prompt_completion", "text"):
+            self._end_token()
 
-    def encode(self, examples: Sequence[tuple[str, Example]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids (uint32) and weights (uint8) of each (where, example), in order; tokenised in one call.
+    def encode(self, examples: Sequence[tuple[str, Example]]) -> Iterator[Group]:
+        """What each (where, example) becomes, in order; tokenised in one call.
 
         Raises:
             UserError: a mask cannot be proven; begins with `where`.
         """
-        jobs = [self._texts(where, example) for where, example in examples]
-        plain = self._ids([text for texts, special, _ in jobs if not special for text in texts], special=False)
-        begun = self._ids([text for texts, special, _ in jobs if special for text in texts], special=True)
-        at = {False: 0, True: 0}
-        for (where, example), (texts, special, rendered) in zip(examples, jobs, strict=True):
-            ids = (begun if special else plain)[at[special] : at[special] + len(texts)]
-            at[special] += len(texts)
-            if rendered is not None:
-                with _placed(where):
-                    tokens, weights = ids[0], rendered.mask(ids)
-            elif isinstance(example, Completion):
-                tokens, weights = self._completion(example, ids)
-            else:
-                tokens = self._ended(ids[0]) if ids[0] else []
-                weights = np.ones(len(tokens), dtype=np.uint8)
-            yield np.array(tokens, dtype=np.uint32), weights
-
-    def _texts(self, where: str, example: Example) -> tuple[list[str], bool, Rendered | None]:
-        """What to tokenise for an example, and whether the tokenizer adds its begin token."""
-        if isinstance(example, Chat):
+        groups = [Group([], _hash(example)) for _, example in examples]
+        jobs: list[list[_Job]] = []
+        for (where, example), group in zip(examples, groups, strict=True):
+            jobs.append([])
             with _placed(where):
-                rendered = render(example.messages, template_of(self._tokenizer), train_on=self._train_on)
-            return rendered.texts(), False, rendered
-        if isinstance(example, Text):
-            return [example.text] if example.text else [""], bool(example.text), None
-        return [example.prompt, example.prompt + example.completion], True, None
+                try:
+                    jobs[-1] = [self._job(part, rule, side) for part, rule, side in self._parts(example)]
+                except Skip as skip:
+                    group.dropped = str(skip)
+        self._fill([job for record in jobs for job in record])
+        for (where, _), group, record in zip(examples, groups, jobs, strict=True):
+            with _placed(where):
+                for job in record:
+                    group.documents.append((*self._weighted(job, group), job.side))
+            group.dropped = group.dropped or _nothing_to_learn(group.documents)
+            yield group
 
-    def _completion(self, example: Completion, ids: list[list[int]]) -> tuple[list[int], np.ndarray]:
+    def _parts(self, example: Example) -> Iterator[tuple[Example, MaskRule, int]]:
+        """The documents of an example, with what is trained of each: of pairs and labelled answers the answers."""
+        if isinstance(example, Pair):
+            if example.chosen == example.rejected:
+                raise Skip("chosen and rejected are the same")
+            yield _answer(example.chosen, example.rejected), self._answers, Side.chosen
+            yield _answer(example.rejected, example.chosen), self._answers, Side.rejected
+        elif isinstance(example, Labelled):
+            rule = replace(self._answers, train_on="last_assistant")
+            yield example.example, rule, Side.good if example.good else Side.bad
+        else:
+            yield example, self._rule, Side.plain
+
+    def _job(self, example: Example, rule: MaskRule, side: int) -> _Job:
+        if isinstance(example, Chat):
+            self._refuse_injection(example)
+            rendered = render(example, self._chat_template(), rule)
+            return _Job(example, rule, side, [rendered.text], special=False, rendered=rendered)
+        if isinstance(example, Completion):
+            self._end_token()
+            return _Job(example, rule, side, [example.prompt, example.prompt + example.completion])
+        if isinstance(example, Text):
+            self._end_token()
+            return _Job(example, rule, side, [example.text] if example.text else [])
+        return _Job(example, rule, side, [])
+
+    def _refuse_injection(self, chat: Chat) -> None:
+        """A special token inside of a message would end its turn, or begin another's: never learnt."""
+        for message in chat.messages:
+            texts = [message["content"], message.get("reasoning_content") or ""]
+            texts += [json.dumps(message["tool_calls"], ensure_ascii=False)] if message.get("tool_calls") else []
+            for text in texts:
+                if token := self._cutter.special_in(text):
+                    raise Skip(f"the special token {token} inside of a message")
+
+    def _fill(self, jobs: Sequence[_Job]) -> None:
+        """Encode the jobs' texts, and find the tokens at the borders of trained turns."""
+        for special in (False, True):
+            some = [job for job in jobs if job.special == special]
+            ids = iter(self._encoder.encode([text for job in some for text in job.texts], special=special))
+            for job in some:
+                job.ids = [np.asarray(next(ids), dtype=np.uint32) for _ in job.texts]
+        chats = [job for job in jobs if job.rendered is not None and job.cuts]
+        borders = self._cutter.borders([j.texts[0] for j in chats], [j.ids[0] for j in chats], [j.cuts for j in chats])
+        for job, found in zip(chats, borders, strict=True):
+            job.borders = found
+
+    def _weighted(self, job: _Job, group: Group) -> tuple[Ids, Weights]:
+        if job.rendered is not None:
+            return self._chat(job, job.rendered, group)
+        if isinstance(job.example, Completion):
+            return self._completion(job, job.example)
+        if isinstance(job.example, Tokens):
+            return np.array(job.example.ids, dtype=np.uint32), _compact(np.array(job.example.weights, dtype=np.float32))
+        ids = self._ended(job.ids[0]) if job.ids and job.ids[0].size else np.zeros(0, np.uint32)
+        return ids, np.ones(ids.size, dtype=np.uint8)
+
+    def _chat(self, job: _Job, rendered: Rendered, group: Group) -> tuple[Ids, Weights]:
+        group.changed += [note for note in rendered.notes if note not in group.changed]
+        ids, borders = job.ids[0], job.borders
+        if None in borders:
+            apart = self._cutter.apart(rendered.text, ids, job.cuts)
+            if apart is None:
+                turn, place = job.at(borders.index(None))
+                raise UserError(
+                    f"turn {turn}: a token reaches over the place where the turn {place}, so which tokens are trained "
+                    f"cannot be proven. Strip white space at the ends of its content."
+                )
+            ids, borders = apart[0], list(apart[1])
+            group.changed += [APART] if APART not in group.changed else []
+        weights = np.full(ids.size, rendered.base, dtype=np.float32)
+        for i, span in enumerate(rendered.spans):
+            weights[borders[2 * i] : borders[2 * i + 1]] = span.weight
+        return ids, _compact(weights)
+
+    def _completion(self, job: _Job, example: Completion) -> tuple[Ids, Weights]:
         """The prompt's ids are those of the prompt alone, because that is what the model is given when it writes."""
-        prompt, whole = (self._unended(i) for i in ids)
-        if whole[: len(prompt)] != prompt:
-            whole = prompt + self._ids([example.completion], special=False)[0]
-        tokens = self._ended(whole)
-        weights = np.ones(len(tokens), dtype=np.uint8)
-        weights[: 0 if self._train_prompts else len(prompt)] = 0
+        prompt, whole = (self._unended(ids) for ids in job.ids)
+        if not np.array_equal(whole[: prompt.size], prompt):
+            rest = self._encoder.encode([example.completion], special=False)[0]
+            whole = np.concatenate([prompt, np.asarray(rest, dtype=np.uint32)])
+        ids = self._ended(whole)
+        weights = np.ones(ids.size, dtype=np.uint8)
+        weights[: 0 if job.rule.train_on == "all" else prompt.size] = 0
+        if not job.rule.end_of_turn:
+            weights[whole.size :] = 0
         if not example.completion:
             weights[:] = 0
-        return tokens, weights
+        return ids, weights
 
-    def _ids(self, texts: list[str], *, special: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        if self._tokenizer.is_fast:
-            encoded = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=special)
-            return [e.ids for e in encoded]
-        return list(self._tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"])
+    def _chat_template(self) -> Template:
+        if self._template is None:
+            self._template = template_of(self._tokenizer)
+        return self._template
 
-    def _ended(self, ids: list[int]) -> list[int]:
+    def _end_token(self) -> int:
         end = self._tokenizer.eos_token_id
-        return ids if ids and ids[-1] == end else [*ids, end]
+        if end is None:
+            raise UserError(
+                "the tokenizer has no end token, which is put after every document that is no conversation. Set "
+                "eos_token in its tokenizer_config.json."
+            )
+        return int(end)
 
-    def _unended(self, ids: list[int]) -> list[int]:
+    def _ended(self, ids: Ids) -> Ids:
+        end = self._end_token()
+        return ids if ids.size and ids[-1] == end else np.append(ids, np.uint32(end))
+
+    def _unended(self, ids: Ids) -> Ids:
         """Without the end token that some tokenizers add by themselves."""
-        return ids[:-1] if ids and ids[-1] == self._tokenizer.eos_token_id else ids
+        return ids[:-1] if ids.size and ids[-1] == self._tokenizer.eos_token_id else ids
+
+
+@dataclass(slots=True)
+class _Job:
+    """One document on its way: `texts` become `ids`, in the same order."""
+
+    example: Example
+    rule: MaskRule
+    side: int
+    texts: list[str]
+    special: bool = True  # whether the tokenizer adds its begin token
+    rendered: Rendered | None = None
+    ids: list[Ids] = field(default_factory=list)
+    borders: list[int | None] = field(default_factory=list)
+
+    @property
+    def cuts(self) -> list[int]:
+        return [at for span in (self.rendered.spans if self.rendered else []) for at in (span.begin, span.end)]
+
+    def at(self, cut: int) -> tuple[int, str]:
+        """Turn and place of one of the cuts."""
+        assert self.rendered is not None
+        return self.rendered.spans[cut // 2].turn, "ends" if cut % 2 else "begins"
+
+
+def _answer(one: Chat | Completion, other: Chat | Completion) -> Chat | Completion:
+    """One of two answers; of the turns that both have before nothing is trained."""
+    if not (isinstance(one, Chat) and isinstance(other, Chat)):
+        return one
+    same = 0
+    while same < min(len(one.messages), len(other.messages)) - 1 and one.messages[same] == other.messages[same]:
+        same += 1
+    shared = [{k: v for k, v in m.items() if k != "weight"} | {"train": False} for m in one.messages[:same]]
+    return Chat([*shared, *one.messages[same:]], one.tools)
+
+
+def _compact(weights: NDArray[np.float32]) -> Weights:
+    whole = weights.astype(np.uint8) if weights.size == 0 or weights.max() < 256 else weights
+    return whole if np.array_equal(whole, weights) else weights
+
+
+def _nothing_to_learn(documents: Sequence[tuple[Ids, Weights, int]]) -> str:
+    if any(ids.size == 0 for ids, _, _ in documents):
+        return "empty"
+    return "" if all(np.any(weights[1:]) for _, weights, _ in documents) else "no trained token"
+
+
+def _hash(example: Example) -> int:
+    """Of the record's own text: roles, words, calls and tools, whatever is trained of it and however it is written."""
+    return int(xxhash.xxh3_64_intdigest(_content(example)))
+
+
+def _content(example: Example) -> bytes:
+    if isinstance(example, Text):
+        return example.text.encode("utf-8", "surrogatepass")
+    if isinstance(example, Completion):
+        return f"{example.prompt}\x1e{example.completion}".encode("utf-8", "surrogatepass")
+    if isinstance(example, Tokens):
+        return np.array(example.ids, dtype=np.uint32).tobytes()
+    if isinstance(example, Pair):
+        return _content(example.chosen) + b"\x1d" + _content(example.rejected)
+    if isinstance(example, Labelled):
+        return _content(example.example) + (b"\x1d+" if example.good else b"\x1d-")
+    texts = [_plain(message) for message in example.messages]
+    if example.tools:
+        texts.append(json.dumps(example.tools, sort_keys=True))
+    return "\x1e".join(texts).encode("utf-8", "surrogatepass")
+
+
+def _plain(message: dict[str, Any]) -> str:
+    text = f"{message['role']}\x1f{message['content']}"
+    if reasoning := message.get("reasoning_content"):
+        text += f"\x1f{reasoning}"
+    if calls := message.get("tool_calls"):
+        text += f"\x1f{json.dumps([call['function'] for call in calls], sort_keys=True)}"
+    return text
 
 
 class _placed:
@@ -146,7 +322,7 @@ class ShardContext:
     form: Format
     tables: list[Any]
     names: list[str]
-    train_on: str
+    rule: MaskRule
     objective: str
     _tokenizer: Any = field(default=None)
     _vocab_size: int = field(default=0)
@@ -165,13 +341,13 @@ class ShardContext:
 
     def check(self) -> None:
         """Refuse a tokenizer that cannot serve the source's format, before any record is read."""
-        Encoder(self.tokenizer(), train_on=self.train_on, objective=self.objective).check(self.form)
+        Encoder(self.tokenizer(), rule=self.rule, objective=self.objective).check(self.form)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return (self.spec, self.form, self.tables, self.names, self.train_on, self.objective)
+        return (self.spec, self.form, self.tables, self.names, self.rule, self.objective)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.spec, self.form, self.tables, self.names, self.train_on, self.objective = state
+        self.spec, self.form, self.tables, self.names, self.rule, self.objective = state
         self._tokenizer, self._vocab_size = None, 0
 
 
@@ -181,31 +357,47 @@ def tokenise_shard(context: ShardContext, shard: Shard) -> int:
     Raises:
         UserError: a record that cannot be read or whose mask cannot be proven; names file and record.
     """
-    tokenizer, name = context.tokenizer(), context.names[shard.file]
-    encoder = Encoder(tokenizer, train_on=context.train_on, objective=context.objective)
+    name = context.names[shard.file]
+    encoder = Encoder(context.tokenizer(), rule=context.rule, objective=context.objective)
     table, documents = context.tables[shard.file], Encoded()
-    dropped: Counter[str] = Counter()
-    first: dict[str, list[int]] = {}
+    lost = {"dropped": _Reasons(shard.file), "changed": _Reasons(shard.file)}
     largest = 0
     for begin in range(shard.begin, shard.end, _BATCH):
         batch = records(table, begin, min(begin + _BATCH, shard.end), name)
-        examples = []
-        for i, record in enumerate(batch):
-            with _placed(place(name, begin + i)):
-                examples.append((place(name, begin + i), context.form.read(record)))
-        for i, (ids, weights) in enumerate(encoder.encode(examples)):
-            if reason := _nothing_to_learn(ids, weights):
-                dropped[reason] += 1
-                first.setdefault(reason, [shard.file, begin + i])
+        numbers, examples = [], []
+        for number, record in enumerate(batch, begin):
+            with _placed(place(name, number)):
+                try:
+                    example = context.form.read(record, partial(lost["changed"].add, number))
+                except Skip as skip:
+                    lost["dropped"].add(number, str(skip))
+                    continue
+            numbers.append(number)
+            examples.append((place(name, number), example))
+        for number, group in zip(numbers, encoder.encode(examples), strict=True):
+            if group.dropped:
+                lost["dropped"].add(number, group.dropped)
                 continue
-            largest = max(largest, int(ids.max()))
-            documents.add(ids, weights, file=shard.file, record=begin + i)
-    meta = {"documents": len(documents.tokens), "dropped": dropped, "first_dropped": first, "largest_id": largest}
+            for reason in group.changed:
+                lost["changed"].add(number, reason)
+            for ids, weights, side in group.documents:
+                largest = max(largest, int(ids.max()))
+                documents.add(ids, weights, file=shard.file, record=number, side=side, hash=group.hash)
+    meta: dict[str, Any] = {"documents": len(documents.tokens), "largest_id": largest}
+    for what, reasons in lost.items():
+        meta |= {what: reasons.counts, f"first_{what}": reasons.first}
     write_part(shard.path, documents, vocab_size=context.vocab_size(), meta=meta)
     return len(documents.tokens)
 
 
-def _nothing_to_learn(ids: np.ndarray, weights: np.ndarray) -> str:
-    if ids.size == 0:
-        return "empty"
-    return "" if np.any(weights[1:]) else "no trained token"
+class _Reasons:
+    """How many records each reason met, and the first of them as [file, record]."""
+
+    def __init__(self, file: int) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, list[int]] = {}
+        self._file = file
+
+    def add(self, record: int, reason: str) -> None:
+        self.counts[reason] += 1
+        self.first.setdefault(reason, [self._file, record])

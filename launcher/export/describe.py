@@ -6,7 +6,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from launcher.data.chat import render, template_of
+from launcher.data.chat import MaskRule, render, template_of
+from launcher.data.formats import Chat
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
 from launcher.errors import UserError
 from launcher.recipe.schema import Adapter, Recipe, from_dict
@@ -126,11 +127,10 @@ def _turn_end(tokenizer: Any) -> int | None:
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        rendered = render(turns, template_of(tokenizer), train_on="assistant")
+        rendered = render(Chat(turns), template_of(tokenizer), MaskRule())
     except UserError:
         return None  # the template has no provable end of turn; data preparation says so where it matters
-    assert rendered.cuts is not None
-    ids = tokenizer(rendered.text[: rendered.cuts[-1].end], add_special_tokens=False)["input_ids"]
+    ids = tokenizer(rendered.text[: rendered.spans[-1].end], add_special_tokens=False)["input_ids"]
     return int(ids[-1]) if ids[-1] in tokenizer.added_tokens_decoder else None
 
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from launcher.data.chat import render, template_of
+from launcher.data.chat import MaskRule, render, template_of
 from launcher.data.formats import Chat, Completion, Text
-from launcher.data.tokenize import Encoder
+from launcher.data.tokenize import APART, Encoder
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
 from launcher.errors import UserError
 from tests.data.make import CHATML, tiny_tokenizer
@@ -30,8 +30,14 @@ def turns(*contents, first="user"):
 
 
 def encode(tokenizer, example, *, train_on="assistant", objective="sft"):
-    ((ids, weights),) = Encoder(tokenizer, train_on=train_on, objective=objective).encode([("f: record 0", example)])
+    (group,) = groups(tokenizer, example, train_on=train_on, objective=objective)
+    ((ids, weights, _),) = group.documents
     return ids, weights
+
+
+def groups(tokenizer, *examples, objective="sft", **rule):
+    encoder = Encoder(tokenizer, rule=MaskRule(**rule), objective=objective)
+    return list(encoder.encode([(f"f: record {i}", example) for i, example in enumerate(examples)]))
 
 
 def trained(tokenizer, example, **options):
@@ -78,25 +84,22 @@ def test_what_is_trained_decodes_to_the_assistants_words_and_stop_tokens(tokeniz
     assert trained(tokenizer, Chat(turns(*contents))) == expected
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_turn(folder):
+def test_a_template_that_writes_the_last_turn_otherwise_is_proven_by_alternatives(folder):
     forgets = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
         "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer = with_template(folder, forgets)
-    with pytest.raises(
-        UserError, match=r"f: record 0: turn 2: .* writes the turns up to it differently once later turns"
-    ):
-        encode(tokenizer, Chat(turns("Who?", "A model.", "Sure?", "Yes.")))
+    both = trained(tokenizer, Chat(turns("Who?", "A model.", "Sure?", "Yes.")))
+    assert both == ["A model.<|im_end|>", "<think></think>Yes.<|im_end|>"]
     one = trained(tokenizer, Chat(turns("Who?", "A model.", "Sure?", "Yes.")), train_on="last_assistant")
     assert one == ["<think></think>Yes.<|im_end|>"]
 
 
-def test_a_template_that_moves_text_before_the_first_turn_is_refused(folder):
+def test_a_template_that_writes_what_depends_on_later_turns_is_proven_by_alternatives(folder):
     counts = "{{ messages | length }}" + CHATML
-    with pytest.raises(UserError, match=r"turn 2: .* writes the turns before it differently"):
-        encode(with_template(folder, counts), Chat(turns("Who?", "Me.")))
+    assert trained(with_template(folder, counts), Chat(turns("Who?", "Me."))) == ["Me.<|im_end|>"]
 
 
 def test_a_template_whose_generation_prompt_is_not_the_turns_beginning_is_refused(folder):
@@ -105,7 +108,7 @@ def test_a_template_whose_generation_prompt_is_not_the_turns_beginning_is_refuse
         encode(with_template(folder, other), Chat(turns("Who?", "Me.")))
 
 
-def test_a_token_that_reaches_over_the_begin_of_a_turn_is_refused(folder):
+def test_a_text_is_tokenised_apart_where_a_token_would_reach_over_the_begin_of_a_turn(folder):
     plain = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
     tokenizer = with_template(folder, plain)
     merged = next(
@@ -113,8 +116,11 @@ def test_a_token_that_reaches_over_the_begin_of_a_turn_is_refused(folder):
         for a, b in [("lif", "e"), ("questi", "on"), ("Ques", "tions"), ("ti", "ny"), (" ans", "wers"), ("yo", "u")]
         if tokenizer.encode(a + b) != tokenizer.encode(a) + tokenizer.encode(b)
     )
-    with pytest.raises(UserError, match="turn 2: a token reaches over the place where the turn begins"):
-        encode(tokenizer, Chat(turns(*merged)))
+    (group,) = groups(tokenizer, Chat(turns(*merged)))
+    ids = tokenizer.encode(merged[0]) + tokenizer.encode(merged[1] + "<|im_end|>")
+    assert group.documents[0][0].tolist() == ids
+    assert trained(tokenizer, Chat(turns(*merged))) == [merged[1] + "<|im_end|>"]
+    assert group.changed == [APART]
 
 
 def test_a_template_without_a_stop_token_is_refused_with_the_fix(folder):
@@ -161,8 +167,8 @@ def test_the_shipped_chatml_template_is_proven_too(folder):
     tokenizer = with_template(folder, template)
     assert trained(tokenizer, chat) == ["A model.<|im_end|>", "Yes.<|im_end|>"]
     assert (
-        render(chat.messages, template_of(tokenizer), train_on="all").text
-        == render(chat.messages, template_of(with_template(folder, CHATML)), train_on="all").text
+        render(chat, template_of(tokenizer), MaskRule("all")).text
+        == render(chat, template_of(with_template(folder, CHATML)), MaskRule("all")).text
     )
 
 

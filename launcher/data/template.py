@@ -1,0 +1,108 @@
+"""Calls a tokenizer's own chat template: one compiled Jinja program, no tokenising, the same text on any day."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from launcher.errors import UserError
+from launcher.shipped import folder
+
+Messages = Sequence[Mapping[str, Any]]
+
+# Llama 3.1 and others write today's date. A mask or a store that changed over night could not be made again, so every
+# day is the one that Llama 3.1's template itself falls back to.
+DATE = datetime(2024, 7, 26)
+_GENERATION = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
+_OWN_KEYS = ("train", "weight")  # what a message says to us, not to the model
+
+
+class Template:
+    """A chat template as a function of messages.
+
+    marks: whether it says by `{% generation %}` what the assistant writes
+
+    Args:
+        text: the template; with_tools: the one for conversations with tools, where the tokenizer has two.
+        variables: what else it may read, as bos_token.
+    """
+
+    def __init__(self, text: str, variables: Mapping[str, str], with_tools: str | None = None) -> None:
+        self.text = text
+        self.memory: dict[Any, Any] = {}  # what was proven about this template; see `launcher.data.proof`
+        self._with_tools = with_tools or text
+        self._variables = {**variables, "strftime_now": DATE.strftime, "documents": None}
+        self.marks = bool(_GENERATION.search(self._with_tools))
+
+    def render(self, messages: Messages, *, tools: Any = None, generation: bool = False) -> str:
+        """The text of a conversation; with `generation` also what asks the model for the next turn.
+
+        Raises:
+            UserError: the template refuses the conversation.
+        """
+        return str(self._call(tools, lambda program: program.render(**self._given(messages, tools, generation))))
+
+    def marked(self, messages: Messages, *, tools: Any = None) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the characters begin:end of each `{% generation %}` block in it.
+
+        Raises:
+            UserError: the template refuses the conversation.
+        """
+        blocks: list[str] = []
+        spans: list[tuple[int, int]] = []
+
+        def write(program: Any) -> None:
+            with program.environment.activate_tracker(blocks, spans):
+                for block in program.generate(**self._given(messages, tools, False)):
+                    blocks.append(block)
+
+        self._call(tools, write)
+        return "".join(blocks), spans
+
+    def _call(self, tools: Any, use: Callable[[Any], Any]) -> Any:
+        # `apply_chat_template` and `render_jinja_template` copy and check every message before this; it takes longer
+        # than the rendering. Our messages are plain JSON already.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        try:
+            return use(_compile_jinja_template(self._with_tools if tools else self.text))
+        except Exception as error:  # a Jinja template may raise anything
+            raise UserError(f"the chat template failed: {type(error).__name__}: {error}") from error
+
+    def _given(self, messages: Messages, tools: Any, generation: bool) -> dict[str, Any]:
+        shown = [_plain(message) for message in messages]
+        return {**self._variables, "messages": shown, "tools": tools or None, "add_generation_prompt": generation}
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """What `apply_chat_template` would show of a message: no empty keys; reasoning under each name that is in use."""
+    shown = {key: value for key, value in message.items() if value is not None and key not in _OWN_KEYS}
+    if "reasoning_content" in shown:
+        shown.setdefault("thinking", shown["reasoning_content"])
+    return shown
+
+
+def template_of(tokenizer: Any) -> Template:
+    """The tokenizer's template.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template, which conversations need. Set data.chat_template to a shipped one, as "
+            f"chatml ({folder('recipes')}/chat_templates/chatml.jinja), or to a Jinja file, or use format "
+            f"prompt_completion or text."
+        )
+    variables = dict(tokenizer.special_tokens_map)
+    if isinstance(tokenizer.chat_template, str):
+        return Template(tokenizer.chat_template, variables)
+    texts = tokenizer.chat_template
+    if "default" not in texts:
+        raise UserError(
+            f"the tokenizer has the chat templates {', '.join(sorted(texts))} but none named default. Set "
+            f"data.chat_template to a file with one of them."
+        )
+    return Template(texts["default"], variables, texts.get("tool_use"))
