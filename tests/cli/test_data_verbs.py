@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from launcher.cli import preview as preview_verb
+from launcher.cli.data import stats
 from launcher.cli.prepare import command as prepare
 from launcher.errors import UserError
 from tests.data.make import tiny_tokenizer, write_jsonl
@@ -48,7 +49,7 @@ def test_prepare_says_what_it_recognised_made_and_counted(recipe):
 
 def test_prepare_json_is_what_data_json_holds(recipe):
     values = json.loads(call(prepare, recipe, "--json", "data.eval_fraction=0.2").stdout)
-    assert values["version"] == 1
+    assert values["version"] == 2
     assert values["train"]["documents"] + values["eval"]["documents"] == 20
     assert values["total_steps"] == -(-values["total_rows"] // 2)
     assert values["tokenizer"]["eos_token_id"] is not None
@@ -56,7 +57,7 @@ def test_prepare_json_is_what_data_json_holds(recipe):
 
 def test_strict_prepare_refuses_a_record_that_would_be_cut(recipe):
     arguments = [recipe, "--strict", "data.seq_len=20", "data.overlong=truncate"]
-    with pytest.raises(UserError, match="strict: records would be dropped or cut"):
+    with pytest.raises(UserError, match="strict: records would be dropped"):
         CliRunner().invoke(prepare, arguments, catch_exceptions=False)
 
 
@@ -89,6 +90,35 @@ def test_preview_on_a_terminal_colours_trained_tokens(recipe):
     assert "[[" not in text
 
 
+def test_preview_html_writes_a_page_and_prints_the_counts(recipe, tmp_path):
+    result = call(preview_verb.command, recipe, "-n", "2", "--html", "rows.html")
+    page = (tmp_path / "rows.html").read_text()
+    assert page.count('class="card"') == 3  # the counts and two rows
+    assert "page  rows.html" in result.stdout
+    assert "rows of 20 documents" in result.stdout
+    with pytest.raises(UserError, match=r"--html no/rows\.html: cannot be written: No such file"):
+        call(preview_verb.command, recipe, "--html", "no/rows.html")
+
+
+def test_data_stats_counts_and_draws(recipe, tmp_path):
+    text = call(stats, recipe, "-o", "pictures").stdout
+    assert "train" in text
+    assert "lengths  mean " in text
+    assert (tmp_path / "pictures" / "r-lengths.png").exists()
+    found = json.loads(call(stats, recipe, "--json", "data.eval_fraction=0.2").stdout)
+    assert found["version"] == 1
+    (source,) = found["train"]["sources"]
+    assert source["documents"] + found["eval"]["documents"] == 20
+    assert sum(found["train"]["histogram"]["documents"]) == found["train"]["documents"]
+    with pytest.raises(UserError, match=r"-o r\.yaml/x: cannot be written: Not a directory"):
+        call(stats, recipe, "-o", "r.yaml/x")
+
+
+def test_data_stats_of_a_stream_are_refused(recipe):
+    with pytest.raises(UserError, match=r"data\.streaming = true"):
+        call(stats, recipe, "data.streaming=true", "train.epochs=null", "train.max_steps=5")
+
+
 # what a base install cannot import: hidden from every finder, as if it were not there
 WITHOUT = """
 import sys
@@ -105,14 +135,15 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("verb", ["prepare", "preview"])
+@pytest.mark.parametrize("verb", ["prepare", "preview", "data stats"])
 def test_without_the_train_extra_the_verb_says_how_to_install_it(recipe, verb):
-    ended = subprocess.run([sys.executable, "-c", WITHOUT, verb, recipe], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", WITHOUT, *verb.split(), recipe]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert 'pip install "train-launcher[train]"' in ended.stderr
     assert "Traceback" not in ended.stderr
-    wrong = [sys.executable, "-c", WITHOUT, verb, recipe, "train.sed=1"]
-    assert "Did you mean train.seed?" in subprocess.run(wrong, capture_output=True, text=True, check=False).stderr
+    wrong = subprocess.run([*command, "train.sed=1"], capture_output=True, text=True, check=False)
+    assert "Did you mean train.seed?" in wrong.stderr
 
 
 @pytest.mark.parametrize("verb", ["prepare", "preview"])
