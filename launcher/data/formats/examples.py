@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Note = Callable[[str], None]  # told the reason of each repair of a record, to be counted
 
@@ -46,10 +49,10 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Token ids as somebody else made them, with the weight of each as a target; nothing is added."""
+    """Token ids (uint32) as somebody else made them, and the weight (float32) of each as a target; nothing is added."""
 
-    ids: list[int]
-    weights: list[float]
+    ids: NDArray[Any]
+    weights: NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,271 @@
+"""How a list of messages is read: roles under all their names, parts, tool calls and results, reasoning, weights.
+
+The result is the form that chat templates know: see `examples.Chat`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.data.formats.examples import Skip
+from launcher.data.formats.values import decoded, kind, shown
+from launcher.errors import UserError, nearest
+
+CALL = "call"  # our name for a turn whose content is the JSON of tool calls; it becomes an assistant turn
+ROLES = {
+    "system": "system", "developer": "developer",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bard": "assistant",
+    "bing": "assistant", "bot": "assistant",
+    "function_call": CALL, "tool_call": CALL,
+    "tool": "tool", "observation": "tool", "tool_response": "tool", "function_response": "tool", "function": "tool",
+    "ipython": "tool",
+}  # fmt: skip
+TAGS = {
+    "system_tag": "system", "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool",
+    "function_tag": CALL,
+}  # fmt: skip
+_TRAIN = ("train", "training", "loss")  # ours, Axolotl's usual one, ms-swift's
+_WEIGHT = ("weight", "loss_weight", "loss_scale", "loss")  # ours and OpenAI's, LLaMA-Factory v1's, ms-swift's
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_REFUSED = ("images", "image", "videos", "video", "audios", "audio", "train_detail", "training_detail")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_REASONING_PARTS = ("reasoning", "thinking")
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """What the messages of one source are called.
+
+    role, content: keys of a message
+    roles: the file's name of a role -> ours
+    """
+
+    role: str = "role"
+    content: str = "content"
+    roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
+
+    @classmethod
+    def of(cls, tags: Mapping[str, str], *, role: str, content: str) -> Reader:
+        """With the names that `tags` gives; a role that is given a name loses its usual ones."""
+        tagged = {tags[tag]: ours for tag, ours in TAGS.items() if tag in tags}
+        roles = {theirs: ours for theirs, ours in ROLES.items() if ours not in tagged.values()} | tagged
+        return cls(tags.get("role_tag", role), tags.get("content_tag", content), roles)
+
+    def read(self, turns: Sequence[Any]) -> list[dict[str, Any]]:
+        """All turns of a conversation.
+
+        Raises:
+            UserError: a turn cannot be read; names it, counted from 1.
+        """
+        messages: list[dict[str, Any]] = []
+        for number, turn in enumerate(turns, 1):
+            for message in self._turn(turn, f"turn {number}"):
+                _add(messages, message)
+        return messages
+
+    def _turn(self, turn: Any, place: str) -> list[dict[str, Any]]:
+        if not isinstance(turn, dict):
+            raise UserError(f"{place}: is {kind(turn)}, expected a message with '{self.role}' and '{self.content}'.")
+        role = self._role(turn, place)
+        for key in _REFUSED:
+            if turn.get(key) not in (None, [], "", {}):
+                raise UserError(f"{place}: '{key}' is not supported; this trains on text. Leave such records out.")
+        message: dict[str, Any] = {"role": "assistant" if role == CALL else role, "content": ""}
+        _keep_training(turn, message, place)
+        content, results = turn.get(self.content), []
+        if role == CALL:
+            message["tool_calls"] = _calls(content, place)
+        elif isinstance(content, list) and role != "tool":
+            results = _read_parts(content, message, place)
+        else:
+            message["content"] = self._words(content, turn, role, place)
+        if given := turn.get("tool_calls") or turn.get("function_call"):
+            if role != "assistant":
+                raise UserError(f"{place}: only an assistant turn has tool_calls, not '{turn[self.role]}'.")
+            message["tool_calls"] = [*message.get("tool_calls", []), *_calls(given, place)]
+        for key in ("name", "tool_call_id"):
+            if isinstance(turn.get(key), str):
+                message[key] = turn[key]
+        _keep_reasoning(turn, message, place)
+        return [*results, message] if not results or message["content"] else results
+
+    def _role(self, turn: dict[str, Any], place: str) -> str:
+        given = turn.get(self.role)
+        names = ", ".join(self.roles)
+        if given is None:
+            raise UserError(f"{place}: '{self.role}' is null or missing, expected one of {names}.")
+        role = self.roles.get(given) if isinstance(given, str) else None
+        if role is None:
+            raise UserError(
+                f"{place}: unknown role {shown(given)}, expected {names}. {nearest(str(given), self.roles)} "
+                f"Or name it with tags, as tags: {{user_tag: {given}}}."
+            )
+        return role
+
+    def _words(self, content: Any, turn: Mapping[str, Any], role: str, place: str) -> str:
+        if isinstance(content, str):
+            return content
+        if role == "tool":  # a result that is not text is shown to the model as JSON
+            if content is None:
+                raise UserError(f"{place}: '{self.content}' of a tool result is null, expected its text.")
+            if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") in _TEXT_PARTS for p in content):
+                return "".join(_part_text(part, place) for part in content)
+            return json.dumps(content, ensure_ascii=False)
+        if content is None and role == "assistant" and (turn.get("tool_calls") or turn.get("function_call")):
+            return ""
+        raise UserError(f"{place}: '{self.content}' is {kind(content)}, expected text.")
+
+
+def finish(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation that can be learnt from.
+
+    Raises:
+        Skip: nothing is said, or a trained assistant turn says nothing.
+        UserError: a tool result stands where nothing can have been called.
+    """
+    if not messages:
+        raise Skip("the conversation has no turn")
+    for number, message in enumerate(messages):
+        if message["role"] == "tool" and (number == 0 or messages[number - 1]["role"] not in ("assistant", "tool")):
+            raise UserError(
+                f"turn {number + 1}: a tool result must follow an assistant turn or another result, but "
+                f"{'it is the first turn' if number == 0 else 'a ' + messages[number - 1]['role'] + ' turn is there'}."
+            )
+        if message["role"] == "assistant" and is_empty(message) and is_trained(message):
+            raise Skip("an assistant turn is empty")
+    return messages
+
+
+def is_empty(message: Mapping[str, Any]) -> bool:
+    """Whether a turn has no words, no reasoning and no tool call."""
+    return not (message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def is_trained(message: Mapping[str, Any]) -> bool:
+    """Whether a turn may be trained, as far as it says itself."""
+    return message.get("train", True) is not False and message.get("weight", 1) != 0
+
+
+def read_tools(value: Any, column: str) -> list[dict[str, Any]] | None:
+    """Tool definitions of a record: a list, one object, or JSON text of either; None for none."""
+    value = decoded(value, f"column {column}") if not isinstance(value, str) or value.strip() else None
+    if value in (None, [], {}):
+        return None
+    return [_tool(tool, column) for tool in (value if isinstance(value, list) else [value])]
+
+
+def _tool(tool: Any, column: str) -> dict[str, Any]:
+    tool = decoded(tool, f"column {column}")
+    if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+        return tool
+    if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
+        raise UserError(f"column {column}: {shown(tool)} is no tool: expected an object with a name and parameters.")
+    return {"type": "function", "function": tool}
+
+
+def _add(messages: list[dict[str, Any]], message: dict[str, Any]) -> None:
+    """Append; words followed by tool calls, or calls by calls, are one turn of the assistant, as OpenAI writes it."""
+    last = messages[-1] if messages else {}
+    joins = message.get("tool_calls") and not message["content"] and "reasoning_content" not in message
+    same = last.get("role") == message["role"] == "assistant"
+    if joins and same and all(last.get(key) == message.get(key) for key in ("train", "weight")):
+        last["tool_calls"] = [*last.get("tool_calls", []), *message["tool_calls"]]
+    else:
+        messages.append(message)
+
+
+def _calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """Tool calls as chat templates know them, of OpenAI's form, of {name, arguments}, a list of them, or JSON text."""
+    value = decoded(value, f"{place}: the tool call")
+    calls = value if isinstance(value, list) else [value]
+    if not calls:
+        raise UserError(f"{place}: the turn is a tool call, but the list of calls is empty.")
+    return [_call(call, f"{place}: tool call {i}") for i, call in enumerate(calls, 1)]
+
+
+def _call(call: Any, place: str) -> dict[str, Any]:
+    call = decoded(call, place)
+    body = (call.get("function") or call) if isinstance(call, dict) else None
+    if not isinstance(body, dict) or not isinstance(body.get("name"), str):
+        raise UserError(f"{place}: {shown(call)} has no name; expected {{name, arguments}}.")
+    arguments: Any = next((body[key] for key in ("arguments", "parameters", "input") if body.get(key) is not None), {})
+    if isinstance(arguments, str):
+        arguments = decoded(arguments, f"{place}: arguments") if arguments.strip() else {}
+    if not isinstance(arguments, dict):
+        raise UserError(f"{place}: arguments are {kind(arguments)}, expected an object of names and values.")
+    made = {"type": "function", "function": {"name": body["name"], "arguments": arguments}}
+    return {"id": call["id"], **made} if isinstance(call.get("id"), str) else made
+
+
+def _read_parts(parts: list[Any], message: dict[str, Any], place: str) -> list[dict[str, Any]]:
+    """Fill a message from its parts; returns the tool results among them, which are turns of their own."""
+    words, reasoning, results = [], [], []
+    for part in parts:
+        name = part.get("type") if isinstance(part, dict) else None
+        if isinstance(part, str):
+            words.append(part)
+        elif name in _TEXT_PARTS:
+            words.append(_part_text(part, place))
+        elif name in _REASONING_PARTS:
+            reasoning.append(_part_text(part, place))
+        elif name in ("tool_use", "tool_call"):
+            message["tool_calls"] = [*message.get("tool_calls", []), *_calls(part.get("value", part), place)]
+        elif name == "tool_result":
+            results.append(_tool_result(part, place))
+        else:
+            what = f"a part of type {shown(name)}" if name else f"{shown(part)}"
+            raise UserError(
+                f"{place}: the content holds {what}, but this trains on text: only parts of type text, reasoning, "
+                f"tool_use and tool_result are read. Leave such records out."
+            )
+    message["content"] = "".join(words)
+    if reasoning:
+        message["reasoning_content"] = "".join(reasoning)
+    if not parts:
+        raise UserError(f"{place}: the content is an empty list, expected text.")
+    return results
+
+
+def _tool_result(part: Mapping[str, Any], place: str) -> dict[str, Any]:
+    content = part.get("content", part.get("value"))
+    if isinstance(content, list):
+        content = "".join(_part_text(p, place) for p in content)
+    result = {"role": "tool", "content": content if isinstance(content, str) else json.dumps(content)}
+    return {**result, "tool_call_id": part["tool_use_id"]} if isinstance(part.get("tool_use_id"), str) else result
+
+
+def _part_text(part: Any, place: str) -> str:
+    keys = ("text", "value", "thinking", "reasoning")
+    found = [part[key] for key in keys if isinstance(part, dict) and part.get(key) is not None]
+    if not found or not isinstance(found[0], str):
+        raise UserError(f"{place}: {shown(part)} is no part with a text.")
+    return found[0]
+
+
+def _keep_training(turn: Mapping[str, Any], message: dict[str, Any], place: str) -> None:
+    for key in _TRAIN:
+        if turn.get(key) is not None and not (key == "loss" and not isinstance(turn[key], bool)):
+            if not isinstance(turn[key], bool):
+                raise UserError(f"{place}: '{key}' is {shown(turn[key])}, expected true or false.")
+            message["train"] = turn[key]
+    for key in _WEIGHT:
+        if turn.get(key) is not None and not (key == "loss" and isinstance(turn[key], bool)):
+            weight = turn[key]
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+                raise UserError(f"{place}: '{key}' is {shown(weight)}, expected a number of 0 or more.")
+            message["weight"] = float(weight)
+
+
+def _keep_reasoning(turn: Mapping[str, Any], message: dict[str, Any], place: str) -> None:
+    for key in _REASONING:
+        if turn.get(key) not in (None, ""):
+            if not isinstance(turn[key], str):
+                raise UserError(f"{place}: '{key}' is {kind(turn[key])}, expected text.")
+            if message["role"] != "assistant":
+                raise UserError(f"{place}: only an assistant turn has '{key}', not '{message['role']}'.")
+            message["reasoning_content"] = turn[key]
