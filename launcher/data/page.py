@@ -73,9 +73,19 @@ def page(shown: dict[str, Any], *, name: str) -> str:
 
 
 def _counts(stats: dict[str, Any]) -> str:
+    cells = [("rows", f"streamed, of {stats['seq_len']:,}")] if stats.get("streaming") else _cells(stats)
+    told = [("", line) for line in stats["formats"]] + [("warn", line) for line in stats["warnings"]]
+    for what in ("dropped", "changed"):
+        told += [("warn", f"{what}: {count:,} ({reason})") for reason, count in stats.get(what, {}).items()]
+    counts = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for what, value in cells)
+    said = "".join(f'<li class="{kind or "quiet"}">{escape(line)}</li>' for kind, line in told)
+    return f'<section class="card"><dl class="counts">{counts}</dl><ul class="said">{said}</ul></section>'
+
+
+def _cells(stats: dict[str, Any]) -> list[tuple[str, str]]:
     share = stats["trained_tokens"] / stats["tokens"] if stats["tokens"] else 0.0
     kinds = [f"{stats['groups'][kind]:,} {kind}" for kind in ("pairs", "labelled") if stats["groups"][kind]]
-    cells = [
+    return [
         ("rows", f"{stats['rows']:,} x {stats['seq_len']:,}"),
         ("documents", f"{stats['documents']:,}"),
         ("tokens", f"{stats['tokens']:,}"),
@@ -83,12 +93,6 @@ def _counts(stats: dict[str, Any]) -> str:
         ("packing efficiency", f"{stats['packing_efficiency']:.2%}"),
         *([("of the records", ", ".join(kinds))] if kinds else []),
     ]
-    told = [("", line) for line in stats["formats"]] + [("warn", line) for line in stats["warnings"]]
-    for what in ("dropped", "changed"):
-        told += [("warn", f"{what}: {count:,} ({reason})") for reason, count in stats[what].items()]
-    counts = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for what, value in cells)
-    said = "".join(f'<li class="{kind or "quiet"}">{escape(line)}</li>' for kind, line in told)
-    return f'<section class="card"><dl class="counts">{counts}</dl><ul class="said">{said}</ul></section>'
 
 
 def _legend(shown: dict[str, Any], scale: float) -> str:

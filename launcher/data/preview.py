@@ -29,13 +29,12 @@ def preview(recipe: Recipe, prepared: Prepared, *, rows: int) -> dict[str, Any]:
         the token counts in the loss; a character that several tokens make is the text of the first, and the others
         have none.
     """
-    mix = Mix.open(prepared.train)
     tokenizer = prepared.tokenizer
     words = load_tokenizer(TokenizerSpec(tokenizer["name"], tokenizer["revision"], recipe.model.trust_remote_code))
-    first = mix.at(np.arange(min(rows, mix.rows)), seed=recipe.train.seed)
+    read = _streamed if recipe.data.streaming else _stored
     shown = [
-        {"row": row, "source": mix.names[source], "documents": _documents(mix, row, words)}
-        for row, source in zip(first.tolist(), mix.source_of(first).tolist(), strict=True)
+        {"row": row, "source": source, "documents": _documents(documents, words, isolate=recipe.data.isolate)}
+        for row, source, documents in read(recipe, prepared, rows)
     ]
     return {"rows": shown, "stats": {**prepared.train, "seq_len": recipe.data.seq_len}}
 
@@ -101,10 +100,30 @@ def texts(ids: Sequence[int], words: Any) -> list[str]:
     return found
 
 
-def _documents(mix: Mix, row: int, words: Any) -> list[dict[str, Any]]:
+_Row = tuple[int, str, list[Document]]  # its number, the name of its source, its documents
+
+
+def _stored(recipe: Recipe, prepared: Prepared, rows: int) -> Iterator[_Row]:
+    mix = Mix.open(prepared.train)
+    first = mix.at(np.arange(min(rows, mix.rows)), seed=recipe.train.seed)
+    for row, source in zip(first.tolist(), mix.source_of(first).tolist(), strict=True):
+        yield row, mix.names[source], list(mix.documents(row))
+
+
+def _streamed(recipe: Recipe, prepared: Prepared, rows: int) -> Iterator[_Row]:
+    """Rows of the first lane, which are the first rows of as many global batches."""
+    from launcher.data.stream import Lanes
+
+    lanes = Lanes(recipe, prepared.train, rank=0, ranks=prepared.train["lanes"])
+    for row in range(rows):
+        (documents,) = lanes.rows()
+        names = dict.fromkeys(lanes.names[d.source] for d in documents)
+        yield row, ", ".join(names), [Document(d.tokens, d.weights, lanes.source(d), d.at) for d in documents]
+
+
+def _documents(documents: list[Document], words: Any, *, isolate: bool) -> list[dict[str, Any]]:
     special = {*words.all_special_ids, *words.added_tokens_decoder}
-    documents = enumerate(mix.documents(row))
-    return [_document(d, words, special, follows=i > 0 and not mix.isolate) for i, d in documents]
+    return [_document(d, words, special, follows=i > 0 and not isolate) for i, d in enumerate(documents)]
 
 
 def _document(document: Document, words: Any, special: set[int], *, follows: bool) -> dict[str, Any]:
