@@ -99,6 +99,8 @@ RULES: tuple[Rule, ...] = (
     check_pod_paths,
     sources.data_sources,
     sources.objective,
+    sources.documents,
+    sources.stream,
     sources.evaluation,
     sizes.positions,
     sizes.batch,

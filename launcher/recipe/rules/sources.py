@@ -55,6 +55,21 @@ def objective(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("data.train_on", data.train_on, "all, because pretrain learns every token", fix)
 
 
+def documents(recipe: Recipe) -> Iterator[Problem]:
+    """Only where every token is learnt may a document follow another one unseen."""
+    if not recipe.data.isolate and recipe.objective.kind != "pretrain":
+        expected = f"true with objective.kind = {recipe.objective.kind}, whose conversations do not belong together"
+        yield Problem("data.isolate", False, expected, "Remove the key.", because=("objective.kind", "data.packing"))
+
+
+def stream(recipe: Recipe) -> Iterator[Problem]:
+    """A stream has no end of its own."""
+    if recipe.data.streaming and recipe.train.max_steps is None:
+        fix = "Write e.g. train.max_steps=1000 in place of epochs."
+        expected = "a number of steps with data.streaming, whose rows nobody has counted"
+        yield Problem("train.max_steps", None, expected, fix, because=("data.streaming",))
+
+
 def evaluation(recipe: Recipe) -> Iterator[Problem]:
     """Evaluation needs data."""
     data, every = recipe.data, recipe.train.eval_every_steps

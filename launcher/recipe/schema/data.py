@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from launcher.errors import Problem
+from launcher.errors import Problem, nearest
 
 MISSING = "???"
+ROLES = ("system", "user", "assistant")  # whose turns may be trained
+MOST_PACKINGS = 64
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,6 +104,16 @@ class Data:
 
 def check(data: Data) -> Iterator[Problem]:
     """Rules of this section alone."""
+    yield from _sources(data)
+    yield from _evaluation(data)
+    yield from _mask(data)
+    yield from _rows(data)
+    yield from _stream(data)
+    if data.num_workers is not None and data.num_workers < 1:
+        yield Problem("data.num_workers", data.num_workers, "1 or more, or null for one a core")
+
+
+def _sources(data: Data) -> Iterator[Problem]:
     if not data.train:
         yield Problem("data.train", "[]", "at least one source", "Add e.g. train: [{path: data.jsonl}].")
     for key, sources in (("train", data.train), ("eval", data.eval)):
@@ -110,13 +122,99 @@ def check(data: Data) -> Iterator[Problem]:
                 yield Problem(f"data.{key}.{i}.weight", source.weight, "a number above 0", "Remove the source instead.")
             if source.max_samples is not None and source.max_samples < 1:
                 yield Problem(f"data.{key}.{i}.max_samples", source.max_samples, "1 or more, or null for all")
+            if source.name is not None and not (source.name.strip() and source.name.isprintable()):
+                yield Problem(f"data.{key}.{i}.name", source.name, "a word, or null for the path's last part")
+    yield from _shares(data)
+    names = [source.name for source in data.train]
+    for i, name in enumerate(names):
+        if name is not None and name in names[:i]:
+            fix = f"data.train.{names.index(name)} has it already."
+            yield Problem(f"data.train.{i}.name", name, "a name that no other training source has", fix)
+
+
+def _shares(data: Data) -> Iterator[Problem]:
+    weights = [source.weight for source in data.train]
+    if None in weights and any(weight is not None for weight in weights):
+        i = weights.index(None)
+        fix = "A weight is a share of the mix: give each source one, or none."
+        yield Problem(f"data.train.{i}.weight", None, "a weight, because other sources have one", fix)
+    for i, source in enumerate(data.eval):
+        if source.weight is not None:
+            expected = "null: every evaluation record counts once"
+            yield Problem(f"data.eval.{i}.weight", source.weight, expected, "Remove the key.")
+    if not 0 < data.mix.temperature < float("inf"):
+        fix = "1 keeps the shares, 2 or more evens them out."
+        yield Problem("data.mix.temperature", data.mix.temperature, "a number above 0", fix)
+
+
+def _evaluation(data: Data) -> Iterator[Problem]:
     if not 0 <= data.eval_fraction <= 0.5:
         yield Problem("data.eval_fraction", data.eval_fraction, "a share from 0 to 0.5")
     if data.eval and data.eval_fraction:
         yield Problem(
             "data.eval_fraction", data.eval_fraction, "0 when data.eval names sources", "Keep one of the two."
         )
+
+
+def _mask(data: Data) -> Iterator[Problem]:
+    roles = data.train_roles
+    for i, role in enumerate(roles):
+        if role == "tool":
+            fix = "Tool results come from outside, a model must not learn to write them."
+            yield Problem(f"data.train_roles.{i}", role, ", ".join(ROLES), fix)
+        elif role not in ROLES:
+            yield Problem(f"data.train_roles.{i}", role, ", ".join(ROLES), nearest(role, ROLES))
+        elif role in roles[:i]:
+            yield Problem(f"data.train_roles.{i}", role, "each role once", "Remove it.")
+    if not roles:
+        yield Problem("data.train_roles", [], "at least one role", "Write [assistant].")
+    if data.train_on == "all":
+        for key, value, default in (
+            ("train_roles", roles, ["assistant"]),
+            ("train_end_of_turn", data.train_end_of_turn, True),
+        ):
+            if value != default:
+                expected = "the default with train_on = all, which trains every token"
+                yield Problem(f"data.{key}", value, expected, "Remove the key.", because=("data.train_on",))
+    for name in data.placeholders:
+        if not name.isidentifier():
+            expected = "names as they stand between {{ and }}, of letters, digits and _"
+            yield Problem(f"data.placeholders.{name}", data.placeholders[name], expected)
+
+
+def _rows(data: Data) -> Iterator[Problem]:
     if data.seq_len < 2:
         yield Problem("data.seq_len", data.seq_len, "2 tokens or more")
-    if data.num_workers is not None and data.num_workers < 1:
-        yield Problem("data.num_workers", data.num_workers, "1 or more, or null for one a core")
+    if not data.isolate and data.packing != "concat":
+        expected = f"true with packing = {data.packing}, whose documents have nothing to do with each other"
+        fix = "Write packing: concat, or remove the key."
+        yield Problem("data.isolate", False, expected, fix, because=("data.packing",))
+    if data.packing == "concat" and data.overlong in ("drop", "truncate"):
+        expected = "error or split with packing = concat, which cuts wherever a row ends and loses nothing"
+        yield Problem("data.overlong", data.overlong, expected, "Remove the key.", because=("data.packing",))
+    if not 1 <= data.repack <= MOST_PACKINGS:
+        yield Problem("data.repack", data.repack, f"1 to {MOST_PACKINGS} packings")
+    elif data.repack > 1 and data.packing != "best_fit":
+        expected = f"1 with packing = {data.packing}, which there is only one of"
+        yield Problem("data.repack", data.repack, expected, "Remove the key.", because=("data.packing",))
+
+
+def _stream(data: Data) -> Iterator[Problem]:
+    if data.shuffle_buffer < 1:
+        yield Problem("data.shuffle_buffer", data.shuffle_buffer, "1 document or more; 1 does not shuffle")
+    if not data.streaming:
+        return
+    because = ("data.streaming",)
+    if data.eval_fraction:
+        fix = "Give data.eval."
+        expected = "0 with data.streaming: nothing is held out of a source without an end"
+        yield Problem("data.eval_fraction", data.eval_fraction, expected, fix, because=because)
+    if data.repack > 1:
+        expected = "1 with data.streaming, which packs as it reads"
+        yield Problem("data.repack", data.repack, expected, "Remove the key.", because=because)
+    if data.mix.until != "total":
+        expected = "total with data.streaming, where epochs have no end"
+        yield Problem("data.mix.until", data.mix.until, expected, "Remove the key.", because=because)
+    if data.mix.by == "rows":
+        expected = "tokens or documents with data.streaming, where rows hold several sources"
+        yield Problem("data.mix.by", data.mix.by, expected, "Write tokens.", because=because)
