@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from launcher.data.mix import Mix
-from launcher.data.order import deal
+from launcher.data.order import USUAL_COST, deal
 from launcher.data.store import Store
 
+_T = TypeVar("_T", bound=np.generic)
 _MULTIPLE = 8  # row lengths that tensor cores like
 _Unit = tuple[int, NDArray[np.int64]]  # row, and the documents of it that are laid
 
@@ -21,15 +22,18 @@ _Unit = tuple[int, NDArray[np.int64]]  # row, and the documents of it that are l
 class MicroBatch:
     """The rows of one forward on one rank; B rows of T tokens.
 
+    A segment is a document; where documents are not isolated, all of a row's tokens; or a row's padding.
+
     input_ids: [B, T] int64
-    position_ids: [B, T] int64, restarts at 0 in every document and in the padding
-    targets: [B, T] int64, the next token of the same document; 0 where there is none
-    weights: [B, T] float32, trained weight of that target; 0 at a document's last token and in padding
-    cu_seqlens: [segments + 1] int32 over the B * T flattened tokens; a row's padding is a segment of its own
+    position_ids: [B, T] int64, restarts at 0 in every segment
+    targets: [B, T] int64, the next token of the same segment; 0 where there is none
+    weights: [B, T] float32, trained weight of that target; 0 at a segment's last token and in padding
+    cu_seqlens: [segments + 1] int32 over the B * T flattened tokens
     max_seqlen: longest segment, in tokens
     rows: numbers of the rows in it, as the mix numbers them; empty slots are left out
     documents: numbers of the documents in it, in order of place
     tokens: real tokens, padding not counted
+    sides: what each of the documents is to its record, a `Side` each
     """
 
     input_ids: NDArray[np.int64]
@@ -41,6 +45,7 @@ class MicroBatch:
     rows: list[int]
     documents: list[int]
     tokens: int
+    sides: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,11 @@ class Batches:
         total_rows: rows of the run, when epochs end inside a batch; None: every batch is full.
         layout: `packed` lays rows as the store packed them; `documents` gives each of their documents a row of its own.
         pad_to: tokens of every row; None: the longest of the micro-batch, rounded up to a multiple of 8.
+        cost: (a, b), of which a row costs a * tokens + b * sum of the squared segment lengths.
+        lockstep: ranks wait for each other at every micro-batch, not only at the end of a step.
+        by_length: rows of like length share a micro-batch; for rows that are far from full.
+    Raises:
+        ValueError: documents that are not isolated have no row of their own.
     """
 
     def __init__(
@@ -88,8 +98,13 @@ class Batches:
         total_rows: int | None = None,
         layout: Literal["packed", "documents"] = "packed",
         pad_to: int | None = None,
+        cost: tuple[float, float] = USUAL_COST,
+        lockstep: bool = True,
+        by_length: bool = False,
     ) -> None:
         self.mix = mix if isinstance(mix, Mix) else Mix.of([mix])
+        if layout == "documents" and not self.mix.isolate:
+            raise ValueError("documents that are not isolated have no row of their own")
         self.total_steps = total_steps
         self._seed = seed
         self._global_batch_size = global_batch_size
@@ -99,6 +114,8 @@ class Batches:
         self._total_rows = total_rows
         self._layout = layout
         self._pad_to = pad_to
+        self._cost, self._lockstep = cost, lockstep
+        self._by_length = by_length or layout == "documents"
 
     def step(self, step: int) -> StepBatch:
         """This rank's part of optimizer step number `step`, from 0.
@@ -112,29 +129,29 @@ class Batches:
         rows = mix.global_batch(
             step, seed=self._seed, global_batch_size=self._global_batch_size, total_rows=self._total_rows
         )
-        units, costs, slots = self._units(rows)
-        mine = deal(costs, ranks=self._world_size, slots_per_rank=slots)[self._rank]
+        units, tokens, squares = self._units(rows)
+        per_forward = self._world_size * self._micro_batch_size
+        most = self._global_batch_size if self._layout == "packed" else len(tokens)
+        dealt = deal(
+            tokens, squares, ranks=self._world_size, micro_batch_size=self._micro_batch_size,
+            slots=-(-most // per_forward), cost=self._cost, lockstep=self._lockstep, by_length=self._by_length,
+        )  # fmt: skip
         micro = [
             _lay(mix, [units(i) if i >= 0 else None for i in chunk], pad_to=self._pad_to)
-            for chunk in mine.reshape(-1, self._micro_batch_size).tolist()
+            for chunk in dealt[self._rank].tolist()
         ]
         of_sources = tuple(mix.tokens_of_sources(rows).tolist())
         weight, cost = float(mix.row_weight[rows].sum()), float(mix.row_cost[rows].sum())
         return StepBatch(micro, weight, sum(of_sources), of_sources, cost, rows)
 
-    def _units(self, rows: NDArray[np.int64]) -> tuple[Callable[[int], _Unit], NDArray[np.int64], int]:
-        """What is dealt to ranks: the i-th unit, read only when asked for; the cost of each; slots on each rank."""
+    def _units(self, rows: NDArray[np.int64]) -> tuple[Callable[[int], _Unit], NDArray[Any], NDArray[Any]]:
+        """What is dealt to ranks: the i-th unit, read only when asked for; tokens and squared lengths of each."""
         mix = self.mix
         if self._layout == "packed":
-            slots = self._slots(self._global_batch_size)
-            return lambda i: (int(rows[i]), mix.row_documents(int(rows[i]))), mix.row_cost[rows], slots
+            return lambda i: (int(rows[i]), mix.row_documents(int(rows[i]))), mix.row_tokens[rows], mix.row_cost[rows]
         units = [(int(row), np.array([d])) for row in rows for d in mix.row_documents(int(row))]
-        costs = mix.document_lengths(np.array([int(d[0]) for _, d in units], dtype=np.int64)) ** 2
-        return units.__getitem__, costs, self._slots(len(units))
-
-    def _slots(self, units: int) -> int:
-        per_forward = self._world_size * self._micro_batch_size
-        return -(-units // per_forward) * self._micro_batch_size
+        lengths = mix.document_lengths(np.array([int(d[0]) for _, d in units], dtype=np.int64))
+        return units.__getitem__, lengths, lengths**2
 
 
 def eval_batches(
@@ -151,33 +168,36 @@ def eval_batches(
 def _lay(store: Mix | Store, slots: list[_Unit | None], *, pad_to: int | None) -> MicroBatch:
     """Documents into arrays; a slot of None becomes a row of padding, weight 0."""
     loaded = [[store.document(int(d)) for d in slot[1]] if slot else [] for slot in slots]
-    longest = max(sum(len(d.tokens) for d in documents) for documents in loaded)
+    lengths = [[len(d.tokens) for d in documents] for documents in loaded]
+    longest = max(sum(row) for row in lengths)
     width = pad_to if pad_to and pad_to >= longest else -(-max(longest, 1) // _MULTIPLE) * _MULTIPLE
-    shape = (len(slots), width)
-    ids, positions, targets = (np.zeros(shape, dtype=np.int64) for _ in range(3))
-    weights = np.zeros(shape, dtype=np.float32)
-    borders = [0]
-    for row, documents in enumerate(loaded):
-        at = 0
-        for document in documents:
-            end = at + len(document.tokens)
-            ids[row, at:end] = document.tokens
-            positions[row, at:end] = np.arange(end - at)
-            targets[row, at : end - 1] = document.tokens[1:]
-            weights[row, at : end - 1] = document.weights[1:]
-            borders.append(row * width + end)
-            at = end
-        if at < width:
-            positions[row, at:] = np.arange(width - at)
-            borders.append((row + 1) * width)
+    ids, own = np.zeros((len(slots), width), dtype=np.int64), np.zeros((len(slots), width), dtype=np.float32)
+    segments: list[int] = []
+    for row, (documents, sizes) in enumerate(zip(loaded, lengths, strict=True)):
+        if (filled := sum(sizes)) > 0:
+            np.concatenate([d.tokens for d in documents], out=ids[row, :filled], casting="same_kind")
+            np.concatenate([d.weights for d in documents], out=own[row, :filled])
+        segments += sizes if store.isolate else [filled] * (filled > 0)
+        segments += [width - filled] * (filled < width)
+    ends = np.cumsum(segments)
     return MicroBatch(
         input_ids=ids,
-        position_ids=positions,
-        targets=targets,
-        weights=weights,
-        cu_seqlens=np.array(borders, dtype=np.int32),
-        max_seqlen=int(np.diff(borders).max()),
+        position_ids=(np.arange(ids.size) - np.repeat(ends - segments, segments)).reshape(ids.shape),
+        targets=_next(ids, ends),
+        weights=_next(own, ends),
+        cu_seqlens=np.append(0, ends).astype(np.int32),
+        max_seqlen=max(segments),
         rows=[slot[0] for slot in slots if slot],
         documents=[int(d) for slot in slots if slot for d in slot[1]],
-        tokens=sum(len(d.tokens) for documents in loaded for d in documents),
+        tokens=sum(sum(row) for row in lengths),
+        sides=[int(d.side) for documents in loaded for d in documents],
     )
+
+
+def _next(values: NDArray[_T], ends: NDArray[np.int64]) -> NDArray[_T]:
+    """Each place's successor in its segment, 0 where there is none."""
+    shifted = np.zeros_like(values)
+    flat = shifted.reshape(-1)
+    flat[:-1] = values.reshape(-1)[1:]
+    flat[ends - 1] = 0
+    return shifted

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import heapq
-
 import numpy as np
 from numpy.typing import NDArray
 
+# (a, b) of a block that is 4,096 wide, where nothing is known of the model: a token meets 12 x width^2 weights in it
+# and, in attention, width of each token before it; times 6 both
+USUAL_COST = (12.0 * 4096, 1.0)
+
 _ROUNDS = 8
+_PASSES = 8  # of levelling; the third seldom changes anything
+_ROUNDS_OF_EXCHANGE = 64
+_PATIENCE = 8  # rounds without a gain, each with other pairs
+_ENOUGH = 1e-4  # relative difference that nobody notices
 _MASK = (1 << 64) - 1
 
 
@@ -58,26 +64,130 @@ def permute(position: NDArray[np.int64], size: int, *, seed: int, epoch: NDArray
     return value.astype(np.int64)
 
 
-def deal(costs: NDArray[np.int64], *, ranks: int, slots_per_rank: int) -> NDArray[np.int64]:
-    """Give the rows of one global batch to ranks so that the dearest rank is as cheap as possible: longest first.
+def deal(
+    tokens: NDArray[np.int64],
+    squares: NDArray[np.int64],
+    *,
+    ranks: int,
+    micro_batch_size: int,
+    slots: int,
+    cost: tuple[float, float] = USUAL_COST,
+    lockstep: bool = True,
+    by_length: bool = False,
+) -> NDArray[np.int64]:
+    """Give the rows of one global batch to ranks and to their micro-batches so that nobody waits for long.
+
+    A row costs a * tokens + b * squares. Where ranks meet at every micro-batch (`lockstep`), rows of about equal cost
+    are dealt into the same slot, and then micro-batches to ranks so that each rank's sum is level, too. Where they meet
+    once a step, only the sums count: rows are exchanged between the dearest and the cheapest ranks.
 
     Args:
-        costs: [rows] what each row costs, any unit.
+        tokens: [rows] of each row.
+        squares: [rows] sum of the squared lengths of its segments.
+        slots: micro-batches of each rank.
+        cost: (a, b).
+        by_length: rows of about equal length share a micro-batch, as they are padded to the longest of it.
     Returns:
-        [ranks, slots_per_rank] int64 indices into `costs`, dearest first on each rank; -1 is an empty slot.
+        [ranks, slots, micro_batch_size] int64, indices of rows; -1 is an empty place.
     Raises:
-        ValueError: more rows than slots.
+        ValueError: more rows than places.
     """
-    if len(costs) > ranks * slots_per_rank:
-        raise ValueError(f"{len(costs)} rows do not fit {ranks} ranks x {slots_per_rank} slots")
-    dealt = np.full((ranks, slots_per_rank), -1, dtype=np.int64)
-    open_ranks = [(0, 0, rank) for rank in range(ranks)]  # (cost so far, rows so far, rank)
-    for row in np.argsort(-np.asarray(costs, dtype=np.int64), kind="stable").tolist():
-        cost, rows, rank = heapq.heappop(open_ranks)
-        dealt[rank, rows] = row
-        if rows + 1 < slots_per_rank:
-            heapq.heappush(open_ranks, (cost + int(costs[row]), rows + 1, rank))
-    return dealt
+    places = ranks * slots * micro_batch_size
+    if len(tokens) > places:
+        raise ValueError(f"{len(tokens)} rows do not fit {ranks} ranks x {slots} slots x {micro_batch_size} rows")
+    price = np.append(cost[0] * tokens.astype(np.float64) + cost[1] * squares.astype(np.float64), 0.0)  # [-1]: no row
+    if by_length:
+        together = _of_like_length(tokens, ranks=ranks, slots=slots, micro_batch_size=micro_batch_size)
+        padded = np.append(tokens, 0)[together].max(axis=-1) * (cost[0] * micro_batch_size)
+        prices = padded + cost[1] * np.append(squares, 0)[together].sum(axis=-1)
+    else:
+        dearest = np.full(places, -1, dtype=np.int64)
+        dearest[: len(tokens)] = np.argsort(-price[:-1], kind="stable")
+        if not lockstep:
+            dealt = _exchanged(dearest.reshape(-1, ranks), price).T
+            return dealt.reshape(ranks, slots, micro_batch_size)
+        together = dearest.reshape(slots, micro_batch_size, ranks)
+        together = np.stack([np.take_along_axis(one, _level(price[one]), axis=1) for one in together]).swapaxes(1, 2)
+        prices = price[together].sum(axis=-1)
+    if not lockstep:
+        chunks = np.append(np.argsort(-prices.ravel(), kind="stable"), -1)[:-1].reshape(slots, ranks)
+        chosen = _exchanged(chunks, np.append(prices.ravel(), 0.0)).T
+        return together.reshape(-1, micro_batch_size)[chosen]
+    return np.take_along_axis(together, _level(prices)[:, :, None], axis=1).swapaxes(0, 1)
+
+
+def _of_like_length(
+    tokens: NDArray[np.int64], *, ranks: int, slots: int, micro_batch_size: int
+) -> NDArray[np.int64]:  # fmt: skip
+    """[slots, ranks, micro_batch_size] rows, the longest first; what a slot lacks is missing evenly, of the longest."""
+    together = np.full((slots, ranks, micro_batch_size), -1, dtype=np.int64)
+    longest, taken = np.argsort(-tokens, kind="stable"), 0
+    for slot in range(slots):
+        rows = min(len(tokens) - taken, ranks * micro_batch_size)
+        counts = rows // ranks + (np.arange(ranks) >= ranks - rows % ranks)
+        together[slot][np.arange(micro_batch_size) < counts[:, None]] = longest[taken : taken + rows]
+        taken += rows
+    return together
+
+
+def _level(prices: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Where to take each layer's things from so that the sums over layers are about equal.
+
+    Layer by layer, the dearest thing goes to where the other layers sum up to least, until that does not help further.
+
+    Args:
+        prices: [layers, bins]; every bin takes one thing of each layer.
+    Returns:
+        [layers, bins] int64, index into the layer.
+    """
+    layers, bins = prices.shape
+    dearest = np.argsort(-prices, axis=1, kind="stable")
+    place = np.tile(np.arange(bins), (layers, 1))
+    sums, held = np.zeros(bins), np.zeros((layers, bins))
+    best, best_place = np.inf, place
+    for _ in range(_PASSES):
+        for layer in range(layers):
+            rest = sums - held[layer]
+            cheapest = np.argsort(rest, kind="stable")
+            place[layer, cheapest] = dearest[layer]
+            held[layer] = prices[layer, place[layer]]
+            sums = rest + held[layer]
+        if sums.max() >= best * (1 - _ENOUGH):
+            break
+        best, best_place = sums.max(), place.copy()
+        if best <= sums.mean() * (1 + _ENOUGH):
+            break
+    return best_place
+
+
+def _exchanged(rows: NDArray[np.int64], price: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Rows of each rank (a column), the dearest first, after exchanges that make the sums about equal.
+
+    In each round the dearest rank is paired with the cheapest, the second with the second cheapest and so on; a pair
+    exchanges those two rows that bring its sums closest.
+    """
+    rows = np.take_along_axis(rows, _level(price[rows]), axis=1)
+    half, best, idle = rows.shape[1] // 2, np.inf, 0
+    for _ in range(_ROUNDS_OF_EXCHANGE):
+        prices = price[rows]
+        sums = prices.sum(axis=0)
+        idle = 0 if sums.max() < best * (1 - _ENOUGH) else idle + 1
+        best = min(best, sums.max())
+        if idle == _PATIENCE or best <= sums.mean() * (1 + _ENOUGH):
+            break
+        order = np.argsort(-sums, kind="stable")
+        dear, cheap = order[:half], np.roll(order[::-1][:half], idle * (half // _PATIENCE + 1))
+        wanted = (sums[dear] - sums[cheap]) / 2
+        gain, mine, theirs = np.zeros(half), np.zeros(half, dtype=np.int64), np.zeros(half, dtype=np.int64)
+        for layer in range(rows.shape[0]):
+            moved = wanted - np.abs(prices[layer, dear] - prices[:, cheap] - wanted)  # above 0: the sums come closer
+            other = moved.argmax(axis=0)
+            better = (found := moved[other, np.arange(half)]) > gain
+            gain[better], mine[better], theirs[better] = found[better], layer, other[better]
+        swap = np.flatnonzero(gain > 0)
+        here, there = (mine[swap], dear[swap]), (theirs[swap], cheap[swap])
+        rows[here], rows[there] = rows[there], rows[here]
+    return np.take_along_axis(rows, np.argsort(-price[rows], axis=0, kind="stable"), axis=0)
 
 
 def uniform_hash(seed: int, *parts: NDArray[np.int64] | int) -> NDArray[np.float64]:

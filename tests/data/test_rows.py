@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.data.rows import Held, build_rows, held_out
-from launcher.data.store import Encoded, Index, Side, Store, write_part, write_store
-from launcher.errors import UserError
+from launcher.data.rows import Held, build_rows
+from launcher.data.store import Encoded, Side, Store, write_part, write_store
 from launcher.recipe.schema import Data, Objective, Recipe
 
 SEQ_LEN = 16
