@@ -61,7 +61,7 @@ def epoch_rows(
             them has been seen once.
     """
     held = [getattr(size, by) for size in sizes]
-    alone = [amount / share for amount, share in zip(held, shares, strict=True)]  # an epoch that sees this one once
+    alone = [amount / share for amount, share in zip(held, shares, strict=True) if share]  # epochs that see one once
     amount = {"total": float(sum(held)), "first": min(alone), "last": max(alone)}[until]
     return [
         max(1, round(share * amount * size.rows / one))
