@@ -19,3 +19,15 @@ def folder(name: str) -> Path:
     raise FileNotFoundError(
         f"this installation of launcher has no '{name}' folder, neither in {package}/shipped nor beside {package}"
     )
+
+
+def chat_templates() -> list[str]:
+    """Names of the shipped chat templates."""
+    return sorted(path.stem for path in (folder("recipes") / "chat_templates").glob("*.jinja"))
+
+
+def chat_template(word: str) -> Path:
+    """The file that `data.chat_template` means: of the shipped one with this name, else the path itself."""
+    if word in chat_templates():
+        return folder("recipes") / "chat_templates" / f"{word}.jinja"
+    return Path(word).expanduser()

@@ -26,6 +26,7 @@ from launcher.data.store import VERSION, write_store
 from launcher.data.tokenizer import TokenizerSpec, hash_tokenizer
 from launcher.errors import UserError
 from launcher.recipe.schema import Recipe, Source
+from launcher.shipped import chat_template
 
 CheckTokenizer = Callable[[dict[str, Any]], None]
 
@@ -135,7 +136,7 @@ def tokenizer_of(recipe: Recipe) -> TokenizerSpec:
     template = None
     if recipe.data.chat_template is not None:
         try:
-            template = Path(recipe.data.chat_template).expanduser().read_text()
+            template = chat_template(recipe.data.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.chat_template = {recipe.data.chat_template}: cannot be read: {error}") from error
     return TokenizerSpec(name, model.revision, model.trust_remote_code, template)

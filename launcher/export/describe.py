@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.data.chat import MaskRule, render, template_of
+from launcher.data.corpora import tokenizer_of
 from launcher.data.formats import Chat
-from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
+from launcher.data.tokenizer import load_tokenizer
 from launcher.errors import UserError
 from launcher.recipe.schema import Adapter, Recipe, from_dict
 from launcher.run.directory import RunDirectory
@@ -68,7 +69,7 @@ def write_description(recipe: Recipe, lm: Any, folder: Path, *, dtype: str) -> N
     Args:
         dtype: torch's name of the type of the weights in the folder
     """
-    tokenizer = load_tokenizer(_tokenizer_spec(recipe))
+    tokenizer = load_tokenizer(tokenizer_of(recipe))
     config = lm.config
     config.dtype = dtype
     config.architectures = [type(lm).__name__]
@@ -87,17 +88,7 @@ def write_description(recipe: Recipe, lm: Any, folder: Path, *, dtype: str) -> N
 
 def write_tokenizer(recipe: Recipe, folder: Path) -> None:
     """Write the tokenizer's files and the chat template."""
-    load_tokenizer(_tokenizer_spec(recipe)).save_pretrained(folder)
-
-
-def _tokenizer_spec(recipe: Recipe) -> TokenizerSpec:
-    model, template = recipe.model, None
-    if recipe.data.chat_template is not None:
-        try:
-            template = Path(recipe.data.chat_template).expanduser().read_text()
-        except OSError as error:
-            raise UserError(f"data.chat_template = {recipe.data.chat_template}: {error.strerror}") from error
-    return TokenizerSpec(model.tokenizer or str(model.name), model.revision, model.trust_remote_code, template)
+    load_tokenizer(tokenizer_of(recipe)).save_pretrained(folder)
 
 
 def _generation_config(recipe: Recipe, config: Any, tokenizer: Any) -> Any:

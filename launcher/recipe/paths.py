@@ -12,6 +12,7 @@ from typing import Any
 
 from launcher.errors import Problem, nearest
 from launcher.recipe.schema import Recipe, Source
+from launcher.shipped import chat_templates
 
 DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -44,7 +45,7 @@ def make_absolute(recipe: Recipe) -> None:
         if word is not None and looks_like_path(word):
             setattr(owner, key, absolute(word))
     for key in ("chat_template", "cache_dir"):
-        if (word := getattr(data, key)) is not None:
+        if (word := getattr(data, key)) is not None and not (key == "chat_template" and word in chat_templates()):
             setattr(data, key, absolute(word))
     if (shipped := recipe.cluster.ray.working_dir) is not None:
         recipe.cluster.ray.working_dir = absolute(shipped)
@@ -67,7 +68,7 @@ def check_pod_paths(recipe: Recipe) -> Iterator[Problem]:
         **{
             f"data.{key}": word and absolute(word)
             for key in ("chat_template", "cache_dir")
-            if (word := getattr(data, key))
+            if (word := getattr(data, key)) and word not in chat_templates()
         },
     }
     for key, word in words.items():
@@ -103,8 +104,11 @@ def check_data_paths(recipe: Recipe) -> Iterator[Problem]:
             if not (only_in_pods(recipe) and looks_like_path(source.path)):
                 yield from _source(f"data.{key}.{i}.path", source)
     template = recipe.data.chat_template
-    if template is not None and not only_in_pods(recipe) and not os.path.isfile(path := absolute(template)):
-        yield Problem("data.chat_template", template, "a file with a Jinja chat template", _beside(path))
+    if template is None or template in chat_templates() or only_in_pods(recipe):
+        return
+    if not os.path.isfile(path := absolute(template)):
+        expected = f"a file with a Jinja chat template, or one of {', '.join(chat_templates())}"
+        yield Problem("data.chat_template", template, expected, nearest(template, chat_templates()) or _beside(path))
 
 
 def check_output_paths(recipe: Recipe) -> Iterator[Problem]:

@@ -329,3 +329,9 @@ def test_a_runs_own_recipe_need_not_divide_and_is_not_changed_by_the_environment
 
 def test_a_huge_world_is_checked_at_once(here: Path):
     assert problems(here, "cluster.nodes=1000003", "cluster.nproc_per_node=8", "train.global_batch_size=8000024") == []
+
+
+def test_a_shipped_chat_template_goes_by_its_name_and_a_wrong_name_is_told_the_right_ones(here: Path):
+    assert loaded(here, "data.chat_template=chatml").recipe.data.chat_template == "chatml"
+    with pytest.raises(RecipeError, match=r"one of .*chatml.*Did you mean 'chatml'\?"):
+        loaded(here, "data.chat_template=chatlm")
