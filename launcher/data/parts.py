@@ -7,13 +7,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher.data.chat import MaskRule
+from launcher.data.encode import REPAID_BYTES, judge
 from launcher.data.formats import choose
 from launcher.data.lock import build_lock
-from launcher.data.sources import Listing, load, records
+from launcher.data.sources import Listing, load, records, sample_texts
 from launcher.data.store import VERSION, sync_folder
 from launcher.data.tokenize import Shard, ShardContext, tokenise_shard
 from launcher.data.tokenizer import TokenizerSpec, describe_tokenizer, missing_bytes
@@ -44,7 +46,7 @@ class TokensJob:
 
 
 def ensure_tokens(job: TokensJob, cache: Path, progress: Progress) -> Path:
-    """Folder of one source's parts and `tokens.json`; keeps the shards that a killed builder finished.
+    """Folder of one source's parts and `tokens.json`; keeps the shards that are finished, whoever made them.
 
     Raises:
         UserError: the source cannot be read or learnt from; names file and record.
@@ -55,13 +57,13 @@ def ensure_tokens(job: TokensJob, cache: Path, progress: Progress) -> Path:
     with build_lock(cache / "locks" / job.key, waiting=lambda line: progress(line, 0, 0)) as beat:
         if path.is_dir():
             return path
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        unfinished.mkdir(parents=True, exist_ok=True)
-        manifest = _tokenise(job, unfinished, progress, beat)
+        unfinished = _unfinished(path)
+        opened = _open(job, unfinished, cache, progress)
+        _tokenise(job, opened, opened.shards, progress, beat)
         for leftover in unfinished.iterdir():
-            if leftover.name not in manifest["parts"]:
+            if leftover not in [shard.path for shard in opened.shards]:
                 shutil.rmtree(leftover)
-        (unfinished / "tokens.json").write_text(json.dumps(manifest, indent=1))
+        (unfinished / "tokens.json").write_text(json.dumps(_manifest(opened), indent=1))
         with open(unfinished / "tokens.json") as f:
             os.fsync(f.fileno())
         sync_folder(unfinished)
@@ -70,10 +72,46 @@ def ensure_tokens(job: TokensJob, cache: Path, progress: Progress) -> Path:
     return path
 
 
-def _tokenise(job: TokensJob, folder: Path, progress: Progress, beat: Callable[[int, int], None]) -> dict[str, Any]:
+def tokenise_share(job: TokensJob, cache: Path, progress: Progress, *, number: int, of: int) -> None:
+    """Make the shards whose number modulo `of` is `number`; others do theirs at the same time, on any machine.
+
+    Raises:
+        UserError: as `ensure_tokens`.
+    """
+    path = cache / "tokens" / job.key
+    if path.is_dir():
+        return
+    unfinished = _unfinished(path)
+    opened = _open(job, unfinished, cache, progress)
+    _tokenise(job, opened, opened.shards[number::of], progress, lambda _done, _total: None)
+    if path.is_dir():  # somebody has gathered all parts meanwhile, so what lies here came too late
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A source that is ready to be tokenised.
+
+    shards: all of it, the same wherever and by however many they are made
+    described: what the manifest says of format, tokenizer and encoder
+    """
+
+    context: ShardContext
+    shards: list[Shard]
+    described: dict[str, Any]
+
+
+def _unfinished(path: Path) -> Path:
+    folder = path.with_name(f".{path.name}.unfinished")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _open(job: TokensJob, folder: Path, cache: Path, progress: Progress) -> _Opened:
     source, name = job.listing.source, Path(job.listing.source.path).name
     progress(f"reading {name}", 0, 0)
-    tables = _first(load(job.listing, folder / "arrow"), source.max_samples)
+    with build_lock(cache / "locks" / f"{job.key}.arrow", waiting=lambda line: progress(line, 0, 0)):
+        tables = _first(load(job.listing, folder / "arrow"), source.max_samples)
     full = [i for i, table in enumerate(tables) if len(table)]
     if not full:
         raise UserError(f"{source.path}: holds no records.")
@@ -83,26 +121,38 @@ def _tokenise(job: TokensJob, folder: Path, progress: Progress, beat: Callable[[
     tokenizer = describe_tokenizer(job.spec, context.tokenizer())
     job.check_tokenizer(tokenizer)
     context.check()
-    said = f"{'recognised as' if form.recognised else 'read as'} {form.name}"
+    if sum(table.data.nbytes for table in tables) >= REPAID_BYTES:
+        progress("choosing an encoder", 0, 0)
+        texts = partial(sample_texts, tables, job.listing.names)
+        context.verdict = judge(context.tokenizer(), texts, cache / "encoders")
+        progress(str(context.verdict), 0, 0)
     warnings = list(form.warnings)
     if missing := missing_bytes(context.tokenizer()):
         warnings.append(f"the tokenizer has no token for {missing} of 256 bytes and drops them from texts")
-    shards = _shards(tables, folder)
-    total, done = len(shards), 0
+    said = f"{'recognised as' if form.recognised else 'read as'} {form.name}"
+    return _Opened(context, _shards(tables, folder), {"said": said, "warnings": warnings, "tokenizer": tokenizer})
+
+
+def _tokenise(
+    job: TokensJob, opened: _Opened, shards: list[Shard], progress: Progress, beat: Callable[[int, int], None]
+) -> None:
+    """Make those of some shards that are not there."""
+    what, total = f"tokenising {Path(job.listing.source.path).name}", len(shards)
     left = [shard for shard in shards if not shard.path.is_dir()]
     done = total - len(left)
-    progress(f"tokenising {name}", done, total)
-    for _ in _run(context, left, job.num_workers):
+    progress(what, done, total)
+    for _ in _run(opened.context, left, job.num_workers):
         done += 1
         beat(done, total)
-        progress(f"tokenising {name}", done, total)
+        progress(what, done, total)
+
+
+def _manifest(opened: _Opened) -> dict[str, Any]:
     return {
         "version": VERSION,
-        "parts": [shard.path.name for shard in shards],
-        "said": said,
-        "warnings": warnings,
-        "tokenizer": tokenizer,
-        **_summed(json.loads((shard.path / "part.json").read_text()) for shard in shards),
+        "parts": [shard.path.name for shard in opened.shards],
+        **opened.described,
+        **_summed(json.loads((shard.path / "part.json").read_text()) for shard in opened.shards),
     }
 
 

@@ -28,6 +28,7 @@ _BUILDERS = {
 }  # fmt: skip
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _CHUNK = 1 << 22
+_SAMPLE_RECORDS, _SAMPLE_BLOCKS = 100, 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,26 @@ def records(table: Any, begin: int, end: int, name: str) -> list[dict[str, Any]]
             return records(table, begin, middle, name) + records(table, middle, end, name)
         raise UserError(f"{place(name, begin)}: not UTF-8: {error}") from error
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def sample_texts(tables: list[Any], names: list[str]) -> Iterator[str]:
+    """Every string of the records, some hundred at a time, in an order that soon has seen all parts of all tables."""
+    blocks = [(i, begin) for i, table in enumerate(tables) for begin in range(0, len(table), _SAMPLE_RECORDS)]
+    step = max(1, len(blocks) // _SAMPLE_BLOCKS)
+    for first in range(step):
+        for i, begin in blocks[first::step]:
+            end = min(begin + _SAMPLE_RECORDS, len(tables[i]))
+            yield from _strings(records(tables[i], begin, end, names[i]))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings(list(value.values()))
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings(one)
 
 
 def place(name: str, record: int) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from launcher.data.chat import MaskRule, Rendered, render, template_of
 from launcher.data.cuts import Cutter
-from launcher.data.encode import TextEncoder
+from launcher.data.encode import TextEncoder, Verdict
 from launcher.data.formats import Chat, Completion, Example, Format, Labelled, Pair, Skip, Text, Tokens
 from launcher.data.sources import place, records
 from launcher.data.store import Encoded, Side, write_part
@@ -53,13 +53,14 @@ class Encoder:
     Args:
         tokenizer: as `load_tokenizer` gives it.
         objective: sft or pretrain; pretrain trains every token.
+        texts: turns texts into ids, if not the tokenizer itself.
     """
 
-    def __init__(self, tokenizer: Any, *, rule: MaskRule, objective: str) -> None:
+    def __init__(self, tokenizer: Any, *, rule: MaskRule, objective: str, texts: TextEncoder | None = None) -> None:
         self._tokenizer = tokenizer
         self._rule = MaskRule("all") if objective == "pretrain" else rule
         self._answers = replace(rule, train_on="assistant", roles=("assistant",))
-        self._encoder = TextEncoder(tokenizer)
+        self._encoder = texts or TextEncoder(tokenizer)
         self._cutter = Cutter(tokenizer, self._encoder)
         self._template: Template | None = None
 
@@ -316,6 +317,7 @@ class ShardContext:
 
     tables: one `datasets.Dataset` a file
     names: how each is called in messages
+    verdict: whether tiktoken encodes
     """
 
     spec: TokenizerSpec
@@ -324,7 +326,9 @@ class ShardContext:
     names: list[str]
     rule: MaskRule
     objective: str
+    verdict: Verdict | None = None
     _tokenizer: Any = field(default=None)
+    _texts: TextEncoder | None = field(default=None)
     _vocab_size: int = field(default=0)
 
     def tokenizer(self) -> Any:
@@ -332,6 +336,12 @@ class ShardContext:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.spec)
         return self._tokenizer
+
+    def texts(self) -> TextEncoder:
+        """Made on first use, once a process."""
+        if self._texts is None:
+            self._texts = TextEncoder(self.tokenizer(), self.verdict)
+        return self._texts
 
     def vocab_size(self) -> int:
         """Largest id + 1; counted once a process."""
@@ -344,11 +354,11 @@ class ShardContext:
         Encoder(self.tokenizer(), rule=self.rule, objective=self.objective).check(self.form)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return (self.spec, self.form, self.tables, self.names, self.rule, self.objective)
+        return (self.spec, self.form, self.tables, self.names, self.rule, self.objective, self.verdict)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.spec, self.form, self.tables, self.names, self.rule, self.objective = state
-        self._tokenizer, self._vocab_size = None, 0
+        self.spec, self.form, self.tables, self.names, self.rule, self.objective, self.verdict = state
+        self._tokenizer, self._texts, self._vocab_size = None, None, 0
 
 
 def tokenise_shard(context: ShardContext, shard: Shard) -> int:
@@ -358,7 +368,7 @@ def tokenise_shard(context: ShardContext, shard: Shard) -> int:
         UserError: a record that cannot be read or whose mask cannot be proven; names file and record.
     """
     name = context.names[shard.file]
-    encoder = Encoder(context.tokenizer(), rule=context.rule, objective=context.objective)
+    encoder = Encoder(context.tokenizer(), rule=context.rule, objective=context.objective, texts=context.texts())
     table, documents = context.tables[shard.file], Encoded()
     lost = {"dropped": _Reasons(shard.file), "changed": _Reasons(shard.file)}
     largest = 0
