@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import struct
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import xxhash
@@ -23,13 +23,17 @@ from launcher.data.order import permute
 from launcher.data.seek import File
 from launcher.errors import UserError
 
+if TYPE_CHECKING:
+    from launcher.data.tokenize import Group
+
+COMPARED = "answers to compare or to judge need the stores of `launcher prepare`. Set data.streaming=false."
 OPEN_ROWS = 8  # rows of best_fit that are filled at a time
 WHOLE_FILE = 1 << 60  # a block size that no file reaches
 _TOGETHER = 32  # records tokenised in one call
 _MANY_EPOCHS = 1000  # epochs without a record, times the lanes, after which a source counts as empty
 _MANY_DROPPED = 1000  # records dropped in a row, through two ends of the source, after which it counts as useless
 
-Tokenise = Callable[[Sequence[tuple[str, Example]]], Iterator[Sequence[tuple[NDArray[Any], NDArray[Any]]]]]
+Tokenise = Callable[[Sequence[tuple[str, Example]]], Iterable["Group"]]  # as `Encoder.encode`
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +167,7 @@ class Lane:
 
     Args:
         number: which lane, from 0
-        tokenise: (where, example) pairs to the documents of each, as (ids, weights)
+        tokenise: (where, example) pairs to what each becomes; its errors begin with `where`
         state: to go on from; None: the beginning
     """
 
@@ -271,9 +275,9 @@ class _Losses:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A record that was read ahead: where the lane goes on after it, and what became of it.
+    """A record that was read ahead, and where the lane goes on after it.
 
-    documents: ids and weights of each; None: left out for `reason`
+    example: None: left out for `reason`
     notes: what was repaired
     """
 
@@ -295,16 +299,16 @@ class _Reader:
         self._feed, self._source, self._lane, self._rules = feed, source, lane, rules
         self._tokenise, self._losses = tokenise, losses
         self._records = self._walk(position)
-        self._ahead: deque[tuple[_Read, Sequence[tuple[NDArray[Any], NDArray[Any]]]]] = deque()
+        self._ahead: deque[tuple[_Read, Group | None]] = deque()
         self._dropped_in_a_row, self._useful_epoch = 0, position.epoch
 
     def next(self) -> list[Streamed]:
         """The pieces of the next record; none where it is left out, which is counted."""
         if not self._ahead:
             self._read_ahead()
-        read, documents = self._ahead.popleft()
+        read, group = self._ahead.popleft()
         self.position = read.after
-        pieces = self._kept(read, documents)
+        pieces = self._kept(read, group)
         if pieces:
             self._dropped_in_a_row, self._useful_epoch = 0, read.after.epoch
             return pieces
@@ -314,28 +318,22 @@ class _Reader:
             raise UserError(f"{self._feed.name}: nothing is left to learn from ({reasons}).")
         return []
 
-    def _kept(self, read: _Read, documents: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> list[Streamed]:
+    def _kept(self, read: _Read, group: Group | None) -> list[Streamed]:
         """What of a record goes into rows, as `overlong` says."""
         rules, losses, name = self._rules, self._losses, lambda: self._place(read.file, read.at)
-        for note in read.notes:
+        for note in (*read.notes, *(group.changed if group and not group.dropped else ())):
             losses.count(losses.changed, note, name)
-        if read.example is None:
-            losses.count(losses.dropped, read.reason, name)
+        if group is None or group.dropped:
+            losses.count(losses.dropped, read.reason if group is None else group.dropped, name)
             return []
-        if len(documents) != 1:
-            raise UserError(
-                f"{name()}: holds {len(documents)} answers to compare, which a stream cannot keep in one row. Set "
-                f"data.streaming=false."
-            )
-        ((ids, weights),) = documents
+        (ids, weights, _), *more = group.documents
+        if more:
+            raise UserError(f"{name()}: {COMPARED}")
         if ids.size and int(ids.max()) >= rules.vocab_size:
             raise UserError(
                 f"{name()}: holds token id {int(ids.max())}, but the model has {rules.vocab_size} ids. Use the model's "
                 f"own tokenizer, or a model with a larger vocab_size."
             )
-        if reason := nothing_to_learn(ids, weights):
-            losses.count(losses.dropped, reason, name)
-            return []
         document = Streamed(ids, weights, self._source, read.file, read.at)
         if ids.size <= rules.seq_len or rules.packing == "concat":
             return [document]
@@ -370,7 +368,7 @@ class _Reader:
         except UserError as error:  # begins with the number of its pair; finding the place may take a while
             number, _, said = str(error).partition(": ")
             raise UserError(f"{self._place(kept[int(number)].file, kept[int(number)].at)}: {said}") from error
-        self._ahead.extend((read, next(encoded) if read.example is not None else ()) for read in reads)
+        self._ahead.extend((read, next(encoded) if read.example is not None else None) for read in reads)
 
     def _walk(self, position: Position) -> Iterator[_Read]:
         """This lane's records without an end, from a position on: each is read as its format says."""
@@ -415,13 +413,6 @@ class _Reader:
 
     def _place(self, file: int, at: int) -> str:
         return self._feed.files[file].place(at)
-
-
-def nothing_to_learn(ids: NDArray[Any], weights: NDArray[Any]) -> str:
-    """Why a document teaches nothing; empty when it does."""
-    if ids.size == 0:
-        return "empty"
-    return "" if np.any(weights[1:]) else "no trained token"
 
 
 def _keyed(*values: int) -> int:

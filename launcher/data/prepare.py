@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from launcher.data import mix
 from launcher.data.corpora import Corpus, cache_folder, content_hash, corpora, ensure_store, tokenizer_of
 from launcher.data.duplicates import Duplicates, find_duplicates
-from launcher.data.names import source_names
 from launcher.data.parts import Progress
 from launcher.data.store import Store
 from launcher.data.tokenizer import describe_tokenizer, load_tokenizer, locate
@@ -212,17 +211,15 @@ def _duplicates(
 def _streaming(
     recipe: Recipe, evaluation: dict[str, Any] | None, stores: Sequence[Store], *, built: bool
 ) -> Prepared:  # fmt: skip
-    """Training data that are read while they are learnt: nothing of them is known but where they come from."""
+    """Training data that are read while they are learnt: what is known of them is what their first records show."""
+    from launcher.data.stream import look
+
     spec = tokenizer_of(recipe)
     tokenizer = {**describe_tokenizer(spec, load_tokenizer(spec)), "name": spec.name}
     known = {"tokenizer": tokenizer, "largest_id": 0}
     _check_vocabulary(recipe, known)
-    sources = [
-        {"name": name, "path": source.path, "format": source.format}
-        for name, source in zip(source_names(recipe.data.train), recipe.data.train, strict=True)
-    ]
     return Prepared(
-        train={"streaming": True, "rows": None, "epoch_rows": None, "fingerprint": None, "sources": sources},
+        train=look(recipe, tokenizer=tokenizer, model_vocab_size=_model_vocab_size(recipe)),
         eval=evaluation,
         leaked={},
         global_batch_size=recipe.train.global_batch_size,

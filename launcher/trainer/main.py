@@ -152,7 +152,11 @@ def _train(run: RunDirectory, attempt: int, progress: dict[str, Any]) -> Literal
         run, recipe, attempt=attempt, ranks=ranks, device=device, stop_asked=lambda: stop_asked(run, ranks.rank)
     )
     progress["training"] = training
-    kind = train(training)
+    try:
+        kind = train(training)
+    except BaseException:
+        training.rows.close(failed=True)
+        raise
     training.rows.close()
     if training.reports.figures is not None:
         training.reports.figures.close()

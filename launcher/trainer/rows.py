@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from launcher.data.batches import Batches
 from launcher.errors import UserError
 from launcher.trainer.failures import DataError
 from launcher.trainer.objectives import Batch, Objective, to_batch
+from launcher.trainer.stream import StreamBatches
 
 _T = TypeVar("_T")
 
@@ -49,8 +50,9 @@ class Prefetch:
     """
 
     def __init__(
-        self, batches: Batches, objective: Objective, *, backend: str, device: torch.device, first: int, last: int
-    ) -> None:
+        self, batches: Batches | StreamBatches, objective: Objective, *, backend: str, device: torch.device, first: int,
+        last: int,
+    ) -> None:  # fmt: skip
         self._batches, self._objective, self._backend, self._device = batches, objective, backend, device
         self._last = last
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rows")
@@ -70,8 +72,17 @@ class Prefetch:
         micro = [batch.to(self._device) for batch in ready.micro]
         return replace(ready, micro=micro, wait_s=time.perf_counter() - begin)
 
-    def close(self) -> None:
-        """Drop what was built ahead."""
+    def close(self, *, failed: bool = False) -> None:
+        """Drop what was built ahead.
+
+        Other ranks need this one for the batch of a stream that is under way, so it is built to its end first; after a
+        failure nobody waits for anybody.
+        """
+        if isinstance(self._batches, StreamBatches):
+            if failed:
+                self._batches.abandon()
+            elif self._next is not None:
+                wait([self._next])
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _build(self, step: int) -> StepRows:
@@ -87,10 +98,10 @@ class Prefetch:
 
 
 def read_guarded(read: Callable[[], _T], what: str) -> _T:
-    """Call `read`; anything but a user's mistake becomes a DataError that says which rows."""
+    """Call `read`; anything but a user's mistake or a lost connection becomes a DataError that says which rows."""
     try:
         return read()
-    except UserError:
+    except (UserError, DataError, ConnectionError):
         raise
     except Exception as error:
         raise DataError(f"{what}: the rows cannot be read: {type(error).__name__}: {error}") from error

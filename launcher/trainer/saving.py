@@ -28,14 +28,14 @@ class Saver:
     Args:
         step: the step of the checkpoint that was loaded, None when the run begins
         rank: rank 0 keeps the clock: saves by time and retries are its flag in the step's reduction
-        stream: where data are streamed, takes this rank's lanes as they are behind the last batch that was handed out
+        lanes_behind: where data are streamed, the lanes of this rank as they are after a number of updates
     """
 
     def __init__(
         self, manager: CheckpointManager, engine: Engine, checkpoint: Checkpoint, *, step: int | None, rank: int,
-        stream: Callable[[], LanesTaken] | None = None,
+        lanes_behind: Callable[[int], LanesTaken] | None = None,
     ) -> None:  # fmt: skip
-        self._stream = stream
+        self._lanes_behind = lanes_behind
         self._manager, self._engine, self._keys, self._rank = manager, engine, checkpoint, rank
         self.saved_step = step
         self._last = time.monotonic()
@@ -61,7 +61,8 @@ class Saver:
         self._last, self._retry_at = time.monotonic(), None
         self.saved_step = step
         self._engine.ensure_state()
-        self._manager.save(step, self._engine, self._state(step), lanes=self._stream() if self._stream else None)
+        lanes = self._lanes_behind(step) if self._lanes_behind is not None else None
+        self._manager.save(step, self._engine, self._state(step), lanes=lanes)
 
     def look(self) -> bool:
         """Whether a save has ended well since the last look; a failed one is said and put on the clock."""

@@ -15,6 +15,7 @@ from launcher.data import lanes, seek
 from launcher.data.formats import Text
 from launcher.data.lanes import WHOLE_FILE, Feed, Lane, LaneState, Rules
 from launcher.data.sources import find
+from launcher.data.tokenize import Group
 from launcher.errors import UserError
 from launcher.recipe.schema import Source
 
@@ -32,7 +33,7 @@ def tokenise(pairs: Any) -> Iterator[Any]:
     """A byte is a token; trained from the second on."""
     for _, example in pairs:
         ids = np.frombuffer(example.text.encode(), np.uint8).astype(np.uint32)
-        yield [(ids, np.ones(ids.size, np.uint8))]
+        yield Group([(ids, np.ones(ids.size, np.uint8), 0)], 0, "" if ids.size else "empty")
 
 
 def records(count: int, *, name: str = "a", longest: int = 40, seed: int = 0) -> list[dict[str, str]]:
