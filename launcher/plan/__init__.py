@@ -16,6 +16,7 @@ from launcher.plan.parameters import (
     Weight,
     count,
     read_config,
+    row_cost,
     unknown_family,
     weights,
     with_adapters,
@@ -23,7 +24,10 @@ from launcher.plan.parameters import (
 from launcher.plan.traffic import Traffic, traffic
 from launcher.recipe.schema import Recipe
 
-__all__ = ["VERSION", "Memory", "Mesh", "Parameters", "Plan", "Traffic", "architecture", "make_plan", "memory_problems"]
+__all__ = [
+    "VERSION", "Memory", "Mesh", "Parameters", "Plan", "Traffic", "architecture", "make_plan", "memory_problems",
+    "row_cost",
+]  # fmt: skip
 
 VERSION = 2
 

@@ -84,6 +84,7 @@ class Parameters:
     embedding: those of the input embedding
     flops_per_token: forward and backward of one token inside a document of `seq_len` tokens
     recompute_flops_per_token: what the device computes a second time beside them (model.gradient_checkpointing)
+    attention_flops: of flops_per_token, what each token of its document costs a token in attention
     """
 
     total: int
@@ -91,6 +92,7 @@ class Parameters:
     embedding: int
     flops_per_token: float
     recompute_flops_per_token: float = 0.0
+    attention_flops: float = 0.0
 
 
 def read_config(name: str | None, config: Config | None, revision: str | None = None) -> tuple[Config | None, str]:
@@ -164,12 +166,23 @@ def count(config: Config, found: Sequence[Weight], seq_len: int, *, recompute: b
     linear = [w for w in found if not w.embedding or is_tied(config)]
     products = sum((6.0 if w.trained else 4.0) * w.elements * w.active for w in linear)
     size = sizes(config)
-    attention = 6.0 * size.layers * size.queries * seq_len
+    pair = 6.0 * size.layers * size.queries
+    attention = pair * seq_len
     again = 2.0 * sum(w.elements * w.active for w in found if w.blocks) + attention / 3
     return Parameters(
         sum(w.elements for w in found), sum(w.elements for w in found if w.trained), embedding, products + attention,
-        again if recompute else 0.0,
+        again if recompute else 0.0, pair,
     )  # fmt: skip
+
+
+def row_cost(plan: Mapping[str, Any]) -> tuple[float, float] | None:
+    """(a, b): a row costs a * tokens + b * sum of its squared document lengths in FLOPs; None where it is not known.
+
+    plan: as plan.json holds it
+    """
+    parameters = plan.get("parameters") or {}
+    pair = parameters.get("attention_flops")  # not in the plan of an older launcher
+    return (parameters["flops_per_token"] - pair * plan["seq_len"], pair) if pair else None
 
 
 def sizes(config: Config) -> Sizes:

@@ -12,8 +12,10 @@ import torch
 
 from launcher.data.batches import Batches
 from launcher.data.mix import Mix
+from launcher.data.order import USUAL_COST
 from launcher.data.store import Store
 from launcher.errors import UserError
+from launcher.plan import row_cost
 from launcher.run.data import require_current
 from launcher.trainer import engines, frozen, model, objectives
 from launcher.trainer.launch_check import other_precision
@@ -23,11 +25,13 @@ from launcher.trainer.proof import prove_isolation
 from launcher.trainer.reports import Figures, Reports
 from launcher.trainer.rows import Prefetch
 from launcher.trainer.saving import Saver
+from launcher.trainer.stream import open_stream
 from launcher.trainer.trackers import open_trackers
 
 if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
     from launcher.run.directory import RunDirectory
+    from launcher.trainer.checkpoint.manager import CheckpointManager
     from launcher.trainer.distributed import Ranks
 
 
@@ -72,13 +76,16 @@ def assemble(
     prove_isolation(engine, backend=backend, vocab_size=data["vocab_size"], compiled=recipe.model.compile)
     if ranks.rank == 0:
         print(f"{'resumed at' if state else 'begins at'} step {step} of {data['total_steps']}", flush=True)
+    rows = _rows(run, recipe, data, manager, ranks=ranks, device=device, backend=backend, step=step)
     return Training(
-        recipe=recipe, run=run, attempt=attempt, ranks=ranks, engine=engine,
-        rows=_rows(recipe, data, ranks=ranks, device=device, backend=backend, step=step),
+        recipe=recipe, run=run, attempt=attempt, ranks=ranks, engine=engine, rows=rows,
         eval_sets={entry["name"]: Store.open(entry["store"]) for entry in (data["eval"] or {"sets": []})["sets"]},
         backend=backend,
         reports=_reports(run, recipe, data, engine, attempt=attempt, ranks=ranks, step=step),
-        saver=Saver(manager, engine, recipe.checkpoint, step=step if state else None, rank=ranks.rank),
+        saver=Saver(
+            manager, engine, recipe.checkpoint, step=step if state else None, rank=ranks.rank,
+            lanes_behind=rows.lanes_behind,
+        ),
         stop_asked=stop_asked, total_steps=int(data["total_steps"]), step=step,
     )  # fmt: skip
 
@@ -135,16 +142,33 @@ def build_engine(
 
 
 def _rows(
-    recipe: Recipe, data: dict[str, Any], *, ranks: Ranks, device: torch.device, backend: str, step: int
+    run: RunDirectory,
+    recipe: Recipe,
+    data: dict[str, Any],
+    manager: CheckpointManager,
+    *,
+    ranks: Ranks,
+    device: torch.device,
+    backend: str,
+    step: int,
 ) -> Prefetch:
-    total = int(data["total_steps"])
+    """The rows of prepared stores, or of a stream, from `step` on."""
+    total, objective = int(data["total_steps"]), objectives.get(recipe.objective.kind)
+    if data["train"].get("streaming"):
+        stream = open_stream(recipe, data["train"], manager, ranks=ranks, first=step, last=total)
+        return Prefetch(stream, objective, backend=backend, device=device, first=step, last=total)
     batches = Batches(
         Mix.open(data["train"]), seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size,
         micro_batch_size=recipe.train.micro_batch_size, world_size=ranks.world_size, rank=ranks.rank, total_steps=total,
-        total_rows=data.get("total_rows"),
+        total_rows=data.get("total_rows"), cost=_row_cost(run), lockstep=recipe.strategy.kind not in ("ddp", "zero1"),
+        by_length=recipe.data.packing == "none",
     )  # fmt: skip
-    objective = objectives.get(recipe.objective.kind)
     return Prefetch(batches, objective, backend=backend, device=device, first=step, last=total)
+
+
+def _row_cost(run: RunDirectory) -> tuple[float, float]:
+    """As the plan counts it, which is one file for all ranks: whoever counts otherwise would deal otherwise."""
+    return row_cost(run.read_json(run.plan_file.name)) or USUAL_COST
 
 
 def _reports(

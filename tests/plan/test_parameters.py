@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from launcher.plan.parameters import (
     Parameters,
     count,
     read_config,
+    row_cost,
     unknown_family,
     weights,
     with_adapters,
@@ -93,6 +95,15 @@ def test_llama3_8b_costs_51_gflop_a_token_at_8192_as_published_tables_imply():
     parameters = counted(LLAMA3_8B, 8192)
     assert parameters.total == parameters.trainable == 8_030_261_248
     assert parameters.flops_per_token == pytest.approx(51.47e9, rel=1e-3)
+
+
+def test_a_row_costs_its_tokens_and_its_squared_document_lengths() -> None:
+    parameters = counted(LLAMA3_8B, 8192)
+    a, b = row_cost({"parameters": asdict(parameters), "seq_len": 8192})
+    assert b == 6 * 32 * 4096
+    assert a == pytest.approx(6 * (8_030_261_248 - 128256 * 4096))
+    assert 8192 * a + 8192**2 * b == pytest.approx(8192 * parameters.flops_per_token)
+    assert row_cost({"parameters": None, "seq_len": 8192}) is None
 
 
 def test_lora_costs_four_for_a_frozen_weight_six_for_its_own_and_all_of_attention():
