@@ -76,9 +76,7 @@ def prepare(recipe: Recipe, *, progress: Progress | None = None, strict: bool = 
         UserError: data, template or tokenizer cannot be learnt from as the recipe says; names file and record.
     """
     say = progress or _silent
-    wanted = corpora(
-        recipe, check_tokenizer=lambda tokenizer: _check_vocabulary(recipe, {"tokenizer": tokenizer, "largest_id": 0})
-    )
+    wanted = corpora_of(recipe)
     found = [ensure_store(recipe, corpus, say) for corpus in wanted]
     stores = [Store.open(path) for path, _ in found]
     for store in stores:
@@ -108,6 +106,17 @@ def prepare(recipe: Recipe, *, progress: Progress | None = None, strict: bool = 
         vocab_size=max(_needed_ids(store.manifest) for store in stores),
         tokenizer=stores[0].manifest["tokenizer"],
         built=built,
+    )
+
+
+def corpora_of(recipe: Recipe) -> list[Corpus]:
+    """What the recipe's data fall into; a tokenizer that the model has not ids enough for is refused when it is loaded.
+
+    Raises:
+        UserError: a source or the tokenizer is not there.
+    """
+    return corpora(
+        recipe, check_tokenizer=lambda tokenizer: _check_vocabulary(recipe, {"tokenizer": tokenizer, "largest_id": 0})
     )
 
 
