@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from launcher.data.chat import MaskRule
 from launcher.data.encode import REPAID_BYTES, judge
 from launcher.data.formats import choose
 from launcher.data.lock import build_lock
-from launcher.data.sources import Listing, load, records, sample_texts
+from launcher.data.sources import Listing, load, records
 from launcher.data.store import VERSION, sync_folder
 from launcher.data.tokenize import Shard, ShardContext, tokenise_shard
-from launcher.data.tokenizer import TokenizerSpec, describe_tokenizer, missing_bytes
+from launcher.data.tokenizer import TokenizerSpec, describe_tokenizer, missing_bytes, replaces_template
 from launcher.data.workers import map_unordered
 from launcher.errors import UserError
 
@@ -26,6 +26,7 @@ Progress = Callable[[str, int, int], None]  # (what is going on, done, total); t
 
 SHARD_BYTES = 4 << 20  # a shard of about so many bytes of records ...
 MOST_SHARDS = 4096  # ... or as many as keep their number below this
+_SAMPLE_RECORDS, _SAMPLE_BLOCKS = 100, 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class TokensJob:
     objective: str
     num_workers: int
     check_tokenizer: Callable[[dict[str, Any]], None]
+    placeholders: Mapping[str, str] = field(default_factory=dict)
 
 
 def ensure_tokens(job: TokensJob, cache: Path, progress: Progress) -> Path:
@@ -116,21 +118,43 @@ def _open(job: TokensJob, folder: Path, cache: Path, progress: Progress) -> _Ope
     if not full:
         raise UserError(f"{source.path}: holds no records.")
     first = records(tables[full[0]], 0, 1, job.listing.names[full[0]])[0]
-    form = choose(source, tables[full[0]].column_names, first)
+    form = choose(source, tables[full[0]].column_names, first, job.placeholders)
     context = ShardContext(job.spec, form, tables, job.listing.names, rule=job.rule, objective=job.objective)
     tokenizer = describe_tokenizer(job.spec, context.tokenizer())
     job.check_tokenizer(tokenizer)
     context.check()
     if sum(table.data.nbytes for table in tables) >= REPAID_BYTES:
         progress("choosing an encoder", 0, 0)
-        texts = partial(sample_texts, tables, job.listing.names)
+        texts = partial(_sample_texts, tables, job.listing.names)
         context.verdict = judge(context.tokenizer(), texts, cache / "encoders")
         progress(str(context.verdict), 0, 0)
     warnings = list(form.warnings)
     if missing := missing_bytes(context.tokenizer()):
         warnings.append(f"the tokenizer has no token for {missing} of 256 bytes and drops them from texts")
     said = f"{'recognised as' if form.recognised else 'read as'} {form.name}"
+    if replaces_template(job.spec):
+        said += "; data.chat_template replaces the tokenizer's own"
     return _Opened(context, _shards(tables, folder), {"said": said, "warnings": warnings, "tokenizer": tokenizer})
+
+
+def _sample_texts(tables: list[Any], names: list[str]) -> Iterator[str]:
+    """Every string of the records, some hundred at a time, in an order that soon has seen all parts of all tables."""
+    blocks = [(i, begin) for i, table in enumerate(tables) for begin in range(0, len(table), _SAMPLE_RECORDS)]
+    step = max(1, len(blocks) // _SAMPLE_BLOCKS)
+    for first in range(step):
+        for i, begin in blocks[first::step]:
+            end = min(begin + _SAMPLE_RECORDS, len(tables[i]))
+            yield from _strings(records(tables[i], begin, end, names[i]))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings(list(value.values()))
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings(one)
 
 
 def _tokenise(
