@@ -12,6 +12,7 @@ import torch
 
 from launcher.data.batches import Batches
 from launcher.errors import UserError
+from launcher.trainer.checkpoint.lanes import LanesTaken
 from launcher.trainer.failures import DataError
 from launcher.trainer.objectives import Batch, Objective, to_batch
 from launcher.trainer.stream import StreamBatches
@@ -71,6 +72,11 @@ class Prefetch:
         self._next = self._thread.submit(self._build, step + 1) if step + 1 < self._last else None
         micro = [batch.to(self._device) for batch in ready.micro]
         return replace(ready, micro=micro, wait_s=time.perf_counter() - begin)
+
+    @property
+    def lanes_behind(self) -> Callable[[int], LanesTaken] | None:
+        """What a checkpoint keeps of a stream, see `StreamBatches.behind`; None where rows come from stores."""
+        return self._batches.behind if isinstance(self._batches, StreamBatches) else None
 
     def close(self, *, failed: bool = False) -> None:
         """Drop what was built ahead.
