@@ -158,6 +158,7 @@ def _encoding(recipe: Recipe) -> str:
 
 def _job(recipe: Recipe, source: Source, encoding: str, check_tokenizer: CheckTokenizer) -> TokensJob:
     listing = find(source)
+    source = listing.source  # a registry's entry may say more than the recipe
     key = content_hash(
         encoding, fingerprint(listing), source.format, source.columns, source.tags, source.max_samples,
         [file.suffix for file in listing.files],
@@ -170,6 +171,7 @@ def _job(recipe: Recipe, source: Source, encoding: str, check_tokenizer: CheckTo
         objective=recipe.objective.kind,
         num_workers=recipe.data.num_workers or len(os.sched_getaffinity(0)),
         check_tokenizer=check_tokenizer,
+        placeholders=recipe.data.placeholders,
     )
 
 

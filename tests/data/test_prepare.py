@@ -52,12 +52,21 @@ def pairs(count):
 
 
 def contents(prepared, tokenizer_folder, role="train"):
-    """Every document of a store: (record, decoded text), as often as rows hold it."""
+    """Every document of the stores: (record, decoded text), as often as rows hold it."""
     from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
 
     words = load_tokenizer(TokenizerSpec(str(tokenizer_folder)))
-    store = Store.open(getattr(prepared, role)["store"])
-    return sorted((d.record, words.decode(d.tokens.tolist())) for r in range(store.rows) for d in store.documents(r))
+    stores = [store_of(prepared, role, i) for i in range(len(entries(prepared, role)))]
+    documents = [d for store in stores for row in range(store.rows) for d in store.documents(row)]
+    return sorted((d.record, words.decode(d.tokens.tolist())) for d in documents)
+
+
+def entries(prepared, role="train"):
+    return prepared.train["sources"] if role == "train" else prepared.eval["sets"]
+
+
+def store_of(prepared, role="train", number=0):
+    return Store.open(entries(prepared, role)[number]["store"])
 
 
 def test_every_record_is_in_one_row_with_its_number(make, tokenizer):
@@ -91,14 +100,14 @@ def test_another_row_length_reuses_the_tokens(make):
     said = []
     wider = prepare(make(pairs(10), seq_len=128), progress=lambda what, done, total: said.append(what))
     assert wider.built
-    assert said == ["packing train rows"]
+    assert said == ["packing train rows", "looking for duplicates"]
 
 
 def test_rows_do_not_depend_on_the_number_of_workers(make, monkeypatch):
     monkeypatch.setattr(parts, "SHARD_BYTES", 500)
     one = prepare(make(pairs(40)))
-    two = prepare(make(pairs(40), num_workers=2, cache_dir=str(Path(one.train["store"]).parents[2] / "other")))
-    first, second = Store.open(one.train["store"]), Store.open(two.train["store"])
+    two = prepare(make(pairs(40), num_workers=2, cache_dir=str(store_of(one).path.parents[2] / "other")))
+    first, second = store_of(one), store_of(two)
     assert len(first.manifest["parts"]) > 2
     for name, array in first._arrays.items():
         assert array.tolist() == second._arrays[name].tolist(), name
@@ -141,13 +150,13 @@ def test_a_long_record_is_truncated_and_counted_and_dropped_when_nothing_trained
     prepared = prepare(make([*pairs(2), long(), behind], overlong="truncate"))
     assert prepared.train["changed"] == {"truncated to seq_len": 2}
     assert prepared.train["dropped"] == {"no trained token left when truncated to seq_len": 1}
-    store = Store.open(prepared.train["store"])
+    store = store_of(prepared)
     assert max(len(d.tokens) for r in range(store.rows) for d in store.documents(r)) == 64
 
 
 def test_splitting_keeps_every_token_of_a_long_record(make, tokenizer):
     prepared = prepare(make([{"text": "story " * 300}], overlong="split", objective="pretrain"))
-    store = Store.open(prepared.train["store"])
+    store = store_of(prepared)
     pieces = sorted((store.document(d) for d in range(prepared.train["documents"])), key=lambda d: -len(d.tokens))
     assert all(len(piece.tokens) == 64 for piece in pieces[:-1])
     assert "".join(text for _, text in contents(prepared, tokenizer)).count("story") == 300
@@ -198,13 +207,6 @@ def test_separate_evaluation_sources_make_a_store_of_their_own(make, tmp_path):
     assert (prepared.train["documents"], prepared.eval["documents"]) == (20, 5)
 
 
-@pytest.mark.parametrize(("weight", "low", "high"), [(1.0, 40, 40), (2.0, 80, 80), (0.5, 10, 30), (1.5, 50, 70)])
-def test_a_weight_repeats_records_or_takes_a_fixed_share(make, tokenizer, weight, low, high):
-    first = contents(prepare(make(pairs(40), source={"weight": weight})), tokenizer)
-    assert low <= len(first) <= high
-    assert contents(prepare(make(pairs(40), source={"weight": weight}, seq_len=128)), tokenizer) == first
-
-
 def test_max_samples_takes_the_first_records_over_all_files(make, tokenizer, tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
@@ -233,9 +235,9 @@ def test_steps_follow_from_epochs_or_are_given(make):
     [
         ([], "holds no records"),
         ([{"prompt": "", "completion": ""}], r"nothing is left to learn from \(no trained token: 1\)"),
-        ([*pairs(3), {"prompt": "x"}], r"train.jsonl: record 3 \(row 4\): column completion has the value null"),
-        ([*pairs(3), {"prompt": "x", "completion": None}], r"record 3 \(row 4\): column completion has the value null"),
-        ([{"messages": [{"role": "bot", "content": "a"}]}], r"record 0 \(row 1\): turn 1: unknown role 'bot'"),
+        ([*pairs(3), {"prompt": "x"}], r"train.jsonl: record 3 \(row 4\): column completion is null"),
+        ([*pairs(3), {"prompt": "x", "completion": None}], r"record 3 \(row 4\): column completion is null"),
+        ([{"messages": [{"role": "alien", "content": "a"}]}], r"record 0 \(row 1\): turn 1: unknown role 'alien'"),
     ],
 )
 def test_bad_data_is_a_message_with_file_and_record(make, records, message):
@@ -290,12 +292,13 @@ def test_a_full_disk_names_the_cache_folder_and_what_to_do(make, monkeypatch):
 
 def test_a_tokenizer_that_drops_characters_is_warned_of(make, tokenizer, tmp_path):
     recipe = make(pairs(3))
-    assert "WARNING" not in prepare(recipe).train["formats"][0]
+    assert prepare(recipe).train["warnings"] == []
     values = json.loads((tokenizer / "tokenizer.json").read_text())
     values["model"]["vocab"].pop("\u0122")
     (tmp_path / "poor.json").write_text(json.dumps(values))
     recipe.model.tokenizer = str(tmp_path / "poor.json")
-    assert "no token for 1 of 256 bytes and drops them" in prepare(recipe).train["formats"][0]
+    (warning,) = prepare(recipe).train["warnings"]
+    assert "no token for 1 of 256 bytes and drops them" in warning
 
 
 def test_a_cache_folder_that_cannot_be_written_is_refused(make, tmp_path):
