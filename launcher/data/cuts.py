@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,13 +24,19 @@ Ids = NDArray[np.uint32]
 
 
 class Cutter:
-    """Finds token borders under one tokenizer."""
+    """Finds token borders under one tokenizer.
 
-    def __init__(self, tokenizer: Any, encoder: TextEncoder) -> None:
+    Args:
+        also: added tokens that a template writes between turns, though the tokenizer does not call them special.
+    """
+
+    def __init__(self, tokenizer: Any, encoder: TextEncoder, *, also: Collection[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._special = {
-            token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special and token.content
+            token.content: id
+            for id, token in tokenizer.added_tokens_decoder.items()
+            if token.content and (token.special or token.content in also)
         }
         words = sorted(self._special, key=len, reverse=True)
         self._words = re.compile("|".join(map(re.escape, words)) or "(?!)")

@@ -27,6 +27,7 @@ _OPEN, _CLOSE = "\ue000", "\ue001"  # around the stand-ins of a shape; private u
 _FROM, _TO = "\ue002", "\ue003"  # around those of an alternative
 _PAD = "\u2003"  # white space that a template which trims takes away, and that none writes
 _FIELD = re.compile(f"({_PAD}?){_OPEN}(\\d+)([cr]){_CLOSE}({_PAD}?)")
+_OTHER = "Use data.train_on=last_assistant or another data.chat_template."
 _KEYS = {"c": "content", "r": "reasoning_content"}
 _MOST_SHAPES = 4096
 
@@ -66,7 +67,7 @@ class Conversation:
         """The first `count` turns (all of them by default) as text, turn `changed` with stand-ins for its words.
 
         Raises:
-            UserError: the template refuses them; names the last of them.
+            UserError: the template refuses them.
         """
         count = len(self.messages) if count is None else count
         key = (count, generation, changed)
@@ -75,7 +76,8 @@ class Conversation:
             try:
                 self._rendered[key] = self.template.render(shown, tools=self.tools, generation=generation)
             except UserError as error:
-                raise UserError(f"turn {count}: {error}") from error
+                where = "" if count == len(self.messages) else f"turns 1 to {count} alone: "
+                raise UserError(f"{where}{error}") from error
         return self._rendered[key]
 
 
@@ -243,8 +245,7 @@ def _written_among_others(conversation: Conversation, text: str, index: int, sto
     if not text.startswith(tail, words[1]):
         raise UserError(
             f"turn {turn}: the chat template ends the turn otherwise once later turns follow ({_short(tail)}, then "
-            f"{_short(text[words[1] : words[1] + len(tail)])}), so what stops it cannot be proven. Use "
-            f"data.train_on=last_assistant or another data.chat_template."
+            f"{_short(text[words[1] : words[1] + len(tail)])}), so what stops it cannot be proven. {_OTHER}"
         )
     end = words[1] + len(tail)
     return Place(index, begin, _body(text[begin:end], stop, turn, bodies) + begin, end)
@@ -253,13 +254,15 @@ def _written_among_others(conversation: Conversation, text: str, index: int, sto
 def _given(conversation: Conversation, text: str, index: int) -> Place:
     """A turn of another role: its words, and what the template writes after them when nothing follows."""
     turn, message = index + 1, conversation.messages[index]
-    begin, body = _stretch(text, conversation.text(changed=index), message, turn)
-    alone = conversation.text(turn)
-    tail = alone[_stretch(alone, conversation.text(turn, changed=index), message, turn)[1] :].rstrip()
+    fix = f"Remove {message['role']} from data.train_roles."
+    begin, body = _stretch(text, conversation.text(changed=index), message, turn, fix)
+    toolless = Conversation(conversation.messages[:turn], None, conversation.template)  # they may follow the words
+    alone = toolless.text()
+    tail = alone[_stretch(alone, toolless.text(changed=index), message, turn, fix)[1] :].rstrip()
     if not text.startswith(tail, body):
         raise UserError(
-            f"turn {turn}: the chat template ends the {message['role']} turn otherwise once later turns follow, so "
-            f"what is trained cannot be proven. Remove {message['role']} from data.train_roles."
+            f"turn {turn}: the chat template ends the {message['role']} turn otherwise once later turns or tools "
+            f"follow, so what is trained cannot be proven. {fix}"
         )
     return Place(index, begin, body, body + len(tail))
 
@@ -292,7 +295,7 @@ def _stop(conversation: Conversation, index: int) -> str:
     return str(memory[key])
 
 
-def _stretch(text: str, changed: str, message: Message, turn: int) -> tuple[int, int]:
+def _stretch(text: str, changed: str, message: Message, turn: int, fix: str = _OTHER) -> tuple[int, int]:
     """The one stretch of `text` that changes with a turn's words, proven to hold them as they stand."""
     begin = _common(text, changed)
     after = _common(text[begin:][::-1], changed[begin:][::-1])
@@ -304,8 +307,7 @@ def _stretch(text: str, changed: str, message: Message, turn: int) -> tuple[int,
             return begin, end
     raise UserError(
         f"turn {turn}: its words do not make exactly one stretch of the text that the chat template writes, as they "
-        f"stand, so which tokens are trained cannot be proven. Use data.train_on=last_assistant or another "
-        f"data.chat_template."
+        f"stand, so which tokens are trained cannot be proven. {fix}"
     )
 
 

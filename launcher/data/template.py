@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.shipped import folder
+from launcher.shipped import chat_template, chat_templates, folder
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -16,6 +16,7 @@ Messages = Sequence[Mapping[str, Any]]
 # day is the one that Llama 3.1's template itself falls back to.
 DATE = datetime(2024, 7, 26)
 _GENERATION = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
+_NEEDS = re.compile(r"\A\s*\{#-?.*?Special tokens:([^\n]*?)\s*(?:-?#\}|\n)", re.DOTALL)
 _OWN_KEYS = ("train", "weight")  # what a message says to us, not to the model
 
 
@@ -84,11 +85,34 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
+def special_tokens(text: str) -> list[str]:
+    """What a template's opening comment names after `Special tokens:`, as every shipped one does."""
+    found = _NEEDS.match(text)
+    return found[1].split() if found else []
+
+
+def missing_tokens(tokenizer: Any, text: str) -> list[str]:
+    """Special tokens that a template needs and the tokenizer would read as plain text."""
+    added = tokenizer.get_added_vocab()
+    own = {"eos_token": tokenizer.eos_token, "bos_token": tokenizer.bos_token}
+    return [token for token in special_tokens(text) if (own[token] is None if token in own else token not in added)]
+
+
+def _check_tokens(tokenizer: Any, text: str) -> None:
+    if missing := missing_tokens(tokenizer, text):
+        fit = [n for n in chat_templates() if not missing_tokens(tokenizer, chat_template(n).read_text("utf-8"))]
+        other = f"Choose a template whose tokens it has ({', '.join(fit)})" if fit else "Choose another template"
+        raise UserError(
+            f"data.chat_template: it writes {', '.join(missing)}, which the tokenizer does not have as special tokens: "
+            f"they would be learnt as plain text. {other}, or add them to the tokenizer and the model."
+        )
+
+
 def template_of(tokenizer: Any) -> Template:
     """The tokenizer's template.
 
     Raises:
-        UserError: the tokenizer has none.
+        UserError: the tokenizer has none, or one that names special tokens which the tokenizer lacks.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -98,6 +122,7 @@ def template_of(tokenizer: Any) -> Template:
         )
     variables = dict(tokenizer.special_tokens_map)
     if isinstance(tokenizer.chat_template, str):
+        _check_tokens(tokenizer, tokenizer.chat_template)
         return Template(tokenizer.chat_template, variables)
     texts = tokenizer.chat_template
     if "default" not in texts:

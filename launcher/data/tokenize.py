@@ -20,7 +20,7 @@ from launcher.data.encode import TextEncoder, Verdict
 from launcher.data.formats import Chat, Completion, Example, Format, Labelled, Pair, Skip, Text, Tokens
 from launcher.data.sources import place, records
 from launcher.data.store import Encoded, Side, write_part
-from launcher.data.template import Template
+from launcher.data.template import Template, special_tokens
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
 from launcher.errors import UserError
 
@@ -61,7 +61,8 @@ class Encoder:
         self._rule = MaskRule("all") if objective == "pretrain" else rule
         self._answers = replace(rule, train_on="assistant", roles=("assistant",))
         self._encoder = texts or TextEncoder(tokenizer)
-        self._cutter = Cutter(tokenizer, self._encoder)
+        template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+        self._cutter = Cutter(tokenizer, self._encoder, also=special_tokens(template))
         self._template: Template | None = None
 
     def check(self, form: Format) -> None:

@@ -116,6 +116,17 @@ def load_tokenizer(spec: TokenizerSpec) -> Any:
     return tokenizer
 
 
+def replaces_template(spec: TokenizerSpec) -> bool:
+    """Whether the given template takes the place of another one that comes with the tokenizer."""
+    place = locate(spec.name, spec.revision)
+    folder = place.parent if place.is_file() else place
+    own: set[Any] = {file.read_text("utf-8") for file in folder.glob("chat_template.jinja")}
+    for name in () if place.is_file() else ("tokenizer_config.json", "chat_template.json"):
+        if (folder / name).exists():
+            own.add(json.loads((folder / name).read_text("utf-8")).get("chat_template"))
+    return spec.template is not None and any(text != spec.template for text in own if isinstance(text, str))
+
+
 def _names_its_class(folder: Path) -> bool:
     """Whether the class is plain from the folder: AutoTokenizer would say the same, but imports torch to do so."""
     file = folder / "tokenizer_config.json"

@@ -56,8 +56,14 @@ def tiny_store(
     return path
 
 
-def tiny_tokenizer(folder: Path, *, vocab_size: int = 400, template: str | None = CHATML) -> Path:
-    """A byte-level BPE tokenizer with ChatML tokens, saved as a usual Hugging Face folder. Returns the folder."""
+def tiny_tokenizer(
+    folder: Path, *, vocab_size: int = 400, template: str | None = CHATML, special: Sequence[str] = ()
+) -> Path:
+    """A byte-level BPE tokenizer with ChatML tokens, saved as a usual Hugging Face folder. Returns the folder.
+
+    Args:
+        special: more special tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -67,7 +73,7 @@ def tiny_tokenizer(folder: Path, *, vocab_size: int = 400, template: str | None 
         vocab_size=vocab_size,
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special],
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
     folder.mkdir(parents=True, exist_ok=True)
