@@ -137,7 +137,9 @@ def test_a_claim_that_one_node_alone_can_mount_is_refused_for_two(api: ApiServer
     api.objects["persistentvolumeclaims", "team-a", "runs"]["spec"]["accessModes"] = ["ReadWriteOnce"]
     said = refused(api, spec_of(), tmp_path)
     assert said.endswith("expected a claim with ReadWriteMany for 2 nodes, it has ReadWriteOnce.")
-    assert submitted(replace(spec_of(), nodes=1), tmp_path).id == "big-1"
+    spec = spec_of()
+    one = replace(spec, cluster=replace(spec.cluster, nodes=1))
+    assert submitted(one, tmp_path).id == "big-1"
 
 
 def test_a_missing_secret_comes_with_the_command_that_makes_it(api: ApiServer, tmp_path):
