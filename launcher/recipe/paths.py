@@ -14,7 +14,8 @@ from launcher.errors import Problem, nearest
 from launcher.recipe.schema import Recipe, Source
 from launcher.shipped import chat_templates
 
-DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt")
+_KINDS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".arrow")
+DATA_ENDINGS = tuple(kind + packed for kind in _KINDS for packed in ("", ".gz", ".bz2", ".xz"))
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _GLOB = re.compile(r"[*?\[]")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -22,14 +23,29 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 def looks_like_path(word: str) -> bool:
     """Whether a word names something on disk: begins like a path, ends like a data file, is a pattern, or exists."""
+    word, _ = split_choice(word)
+    if is_remote(word):
+        return False
     if word.startswith(("/", "./", "../", "~/")) or word in (".", "..", "~"):
         return True
     return word.endswith(DATA_ENDINGS) or bool(_GLOB.search(word)) or os.path.exists(word)
 
 
+def is_remote(word: str) -> bool:
+    """Whether a word names a file of another store, as s3://bucket/file."""
+    return "://" in word
+
+
+def split_choice(word: str) -> tuple[str, str]:
+    """A source's path, and what it says to take of it: `#500`, `#name`, or nothing."""
+    path, mark, choice = word.partition("#")
+    return (word, "") if os.path.exists(os.path.expanduser(word)) else (path, mark + choice)
+
+
 def absolute(word: str) -> str:
-    """A path from the current directory, without links followed."""
-    return os.path.abspath(os.path.expanduser(word))
+    """A path from the current directory, without links followed; what stands behind `#` stays."""
+    path, choice = split_choice(word)
+    return os.path.abspath(os.path.expanduser(path)) + choice
 
 
 def make_absolute(recipe: Recipe) -> None:
@@ -132,12 +148,14 @@ def folder_config(name: str | None) -> dict[str, Any] | None:
 
 
 def _source(key: str, source: Source) -> Iterator[Problem]:
-    word = source.path
+    if is_remote(source.path):
+        return  # `prepare` asks the store
+    word, choice = split_choice(source.path)
     if not looks_like_path(word):
         yield from _hub_id(key, word)
         return
     path = absolute(word)
-    kinds = ", ".join(DATA_ENDINGS)
+    kinds = ", ".join(_KINDS)
     if os.path.isdir(path):
         if not any(name.endswith(DATA_ENDINGS) for _, _, names in os.walk(path) for name in names):
             yield Problem(key, word, f"a folder with data files ({kinds})")
@@ -149,7 +167,20 @@ def _source(key: str, source: Source) -> Iterator[Problem]:
         )
     elif strange := [file for file in files if not file.endswith(DATA_ENDINGS)]:
         name = "" if files == [path] else f" (not {os.path.basename(strange[0])})"
-        yield Problem(key, word, f"files that end in {kinds}{name}", nearest(Path(strange[0]).suffix, DATA_ENDINGS))
+        yield Problem(key, word, f"files that end in {kinds}{name}", nearest(Path(strange[0]).suffix, _KINDS))
+    elif choice and word.endswith(".json") and not choice[1:].isdigit():
+        yield from _entry(key, source.path, path, choice[1:].partition("#")[0])
+
+
+def _entry(key: str, word: str, registry: str, name: str) -> Iterator[Problem]:
+    """A data set that the registry does not name."""
+    try:
+        names = list(json.loads(Path(registry).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return  # `prepare` says what is wrong with the file
+    if name not in names:
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        yield Problem(key, word, f"the name of a data set behind the #, as {shown}", nearest(name, map(str, names)))
 
 
 def _hub_id(key: str, word: str) -> Iterator[Problem]:

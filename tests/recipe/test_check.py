@@ -335,3 +335,18 @@ def test_a_shipped_chat_template_goes_by_its_name_and_a_wrong_name_is_told_the_r
     assert loaded(here, "data.chat_template=chatml").recipe.data.chat_template == "chatml"
     with pytest.raises(RecipeError, match=r"one of .*chatml.*Did you mean 'chatml'\?"):
         loaded(here, "data.chat_template=chatlm")
+
+
+def test_what_stands_behind_the_mark_of_a_path_stays_and_an_unknown_entry_names_the_nearest(here: Path):
+    (here / "dataset_info.json").write_text('{"identity": {"file_name": "chat.jsonl"}}')
+    sources = "[{path: 'dataset_info.json#identity'}, {path: 'chat.jsonl#5'}, {path: 'org/data#7'}, {path: 's3://b/x'}]"
+    recipe = loaded(here, f"data.train={sources}").recipe
+    paths = [f"{here}/dataset_info.json#identity", f"{here}/chat.jsonl#5", "org/data#7", "s3://b/x"]
+    assert [source.path for source in recipe.data.train] == paths
+    with pytest.raises(RecipeError, match=r"data set behind the #, as identity\. Did you mean 'identity'\?"):
+        loaded(here, "data.train=[{path: 'dataset_info.json#identiti'}]")
+
+
+def test_a_compressed_file_is_a_data_file(here: Path):
+    (here / "chat.jsonl.gz").write_bytes(b"")
+    assert loaded(here, "data.train=[{path: chat.jsonl.gz}]").recipe.data.train[0].path == str(here / "chat.jsonl.gz")
