@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from launcher.data.packing import one_a_row, pack
-from launcher.data.store import Encoded, Index, write_part, write_store
+from launcher.data.rows import Held, build_rows
+from launcher.data.store import Encoded, Side, write_part, write_store
+from launcher.recipe.schema import Data, Recipe
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -32,6 +33,9 @@ def tiny_store(
     seq_len: int = 64,
     packing: str = "best_fit",
     trained: float = 0.7,
+    sides: Sequence[int] | None = None,
+    isolate: bool = True,
+    repack: int = 1,
 ) -> Path:
     """A store of random documents of these lengths; about `trained` of their tokens are targets. Returns its path."""
     random = np.random.default_rng(seed)
@@ -39,18 +43,23 @@ def tiny_store(
     for number, length in enumerate(lengths):
         weights = (random.random(length) < trained).astype(np.uint8)
         weights[-1] = 1
-        encoded.add(random.integers(0, vocab, length, dtype=np.uint32), weights, file=0, record=number)
-    write_part(folder / "tokens" / "part-00000", encoded, vocab_size=vocab)
+        side = sides[number] if sides else Side.plain
+        record = number - (side == Side.rejected)
+        tokens = random.integers(0, vocab, length, dtype=np.uint32)
+        encoded.add(tokens, weights, file=0, record=record, side=side, hash=record)
     parts = [folder / "tokens" / "part-00000"]
-    packed = pack(np.array(lengths), seq_len) if packing == "best_fit" else one_a_row(len(lengths))
+    write_part(parts[0], encoded, vocab_size=vocab)
+    recipe = Recipe(data=Data(seq_len=seq_len, packing=packing, isolate=isolate))  # type: ignore[arg-type]
+    rows = build_rows([parts], [["made"]], held=Held.all, recipe=recipe, repack=repack)
     path = folder / "packed" / "tiny"
     write_store(
         path,
         parts=parts,
         files=["made"],
-        index=Index.gather(parts),
-        packings=[packed],
+        index=rows.index,
+        packings=rows.packings,
         seq_len=seq_len,
+        isolate=isolate,
         meta={"key": "tiny", "vocab_size": vocab},
     )
     return path

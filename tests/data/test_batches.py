@@ -119,3 +119,58 @@ def test_evaluation_covers_every_row_once_with_equal_counts_on_each_rank(store, 
     assert len({len(r) for r in ranks}) == 1
     assert sorted(row for r in ranks for m in r for row in m.rows) == list(range(store.rows))
     assert sum(float(m.weights.sum()) for r in ranks for m in r) == pytest.approx(float(store.row_weight.sum()))
+
+
+@pytest.mark.parametrize("width", [None, 64])
+def test_rows_that_are_not_isolated_are_one_segment_whose_targets_cross_borders(tmp_path, width):
+    path = tiny_store(tmp_path, [20, 30, 9, 40, 25, 33], packing="concat", isolate=False, trained=1.0)
+    store = Store.open(path)
+    parts = [batches(store, world_size=2, rank=r, micro=2, global_batch_size=store.rows, pad_to=width) for r in (0, 1)]
+    micro = [m for part in parts for m in part.step(0).micro]
+    assert sum(float(m.weights.sum()) for m in micro) == parts[0].step(0).weight == 157 - store.rows
+    assert parts[0].step(0).cost == sum(n * n for n in store.row_tokens.tolist())
+    for m in micro:
+        for row, number in enumerate(m.rows):
+            tokens = np.concatenate([d.tokens for d in store.documents(number)])
+            assert np.array_equal(m.input_ids[row, : tokens.size], tokens)
+            assert np.array_equal(m.targets[row, : tokens.size - 1], tokens[1:])
+            assert np.array_equal(m.position_ids[row, : tokens.size], np.arange(tokens.size))
+            assert m.weights[row].sum() == tokens.size - 1 == store.row_weight[number]
+    with pytest.raises(ValueError, match="not isolated"):
+        batches(store, world_size=1, rank=0, micro=1, layout="documents")
+
+
+def test_l2_the_documents_of_a_pair_are_laid_as_if_alone_and_say_their_sides(tmp_path):
+    store = Store.open(tiny_store(tmp_path, [20, 12, 9, 40, 25, 33, 5, 6], sides=[1, 2, 0, 1, 2, 0, 3, 4], seq_len=70))
+    packed, alone = (
+        batches(store, world_size=1, rank=0, micro=8, global_batch_size=store.rows, layout=layout).step(0).micro
+        for layout in ("packed", "documents")
+    )
+    assert sum((targets(m) for m in packed), Counter()) == sum((targets(m) for m in alone), Counter())
+    for micro in (*packed, *alone):
+        assert micro.sides == [store.document(d).side for d in micro.documents]
+    laid = [d for m in packed for d in m.documents]
+    assert all(laid.index(d + 1) == laid.index(d) + 1 for d in (0, 3))
+
+
+def test_rows_of_a_store_that_was_not_packed_share_micro_batches_with_rows_of_like_length(tmp_path):
+    lengths = np.random.default_rng(0).permutation(np.repeat([8, 24, 56], 16)).tolist()
+    store = Store.open(tiny_store(tmp_path, lengths, packing="none"))
+    steps = [
+        batches(store, world_size=4, rank=r, micro=4, global_batch_size=48, total_steps=1, by_length=True).step(0)
+        for r in range(4)
+    ]
+    assert all(m.tokens == m.input_ids.size for step in steps for m in step.micro)
+
+
+def test_every_epoch_of_a_repacked_store_sees_each_document_once_in_other_company(tmp_path):
+    random = np.random.default_rng(1)
+    store = Store.open(tiny_store(tmp_path, random.integers(2, 30, 300).tolist(), repack=3))
+    epochs = []
+    for epoch in range(3):
+        whole = batches(store, world_size=1, rank=0, micro=store.rows, global_batch_size=store.rows).step(epoch)
+        assert sorted(whole.micro[0].documents) == list(range(300))
+        packing = store.packing(epoch)
+        epochs.append({tuple(packing.row_documents(row).tolist()) for row in range(packing.rows)})
+    assert len(epochs[0] & epochs[1]) < store.rows / 4
+    assert len(epochs[1] & epochs[2]) < store.rows / 4
