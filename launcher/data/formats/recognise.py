@@ -68,17 +68,16 @@ def choose(
     Args:
         columns: of its first file that has records.
         first: its first record.
-        placeholders: what {{name}} stands for; None: as the source was resolved with.
+        placeholders: what {{name}} in a text stands for.
     Raises:
         UserError: no format or several fit, or `columns` and `tags` name what the format has not.
     """
-    given = getattr(source, "placeholders", {}) if placeholders is None else placeholders
     if (entry := getattr(source, "entry", None)) is not None:
         form = entry.form(columns, first)
     else:
         look = _Look(source, columns, first)
         form = _recognised(look) if source.format == "auto" else _named(look, source.format)
-    return replace(form, placeholders=dict(given))
+    return replace(form, placeholders=dict(placeholders or {}))
 
 
 @dataclass(slots=True)
