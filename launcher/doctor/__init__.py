@@ -28,6 +28,7 @@ PURPOSES = {  # extra -> what needs it; without it the rest works
     "gpu": "model.liger needs it",
     "flash-attn": "flash_attention_2 needs it",
     "trackers": "logging.trackers=[tensorboard] needs it",
+    "cloud": "data at s3:// and gs:// need it",
 }
 OPS = {  # operator of DeepSpeed -> what it is for
     "cpu_adam": "strategy.offload to nvme needs it, to cpu is faster with it",
