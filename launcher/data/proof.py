@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,8 @@ _PAD = "\u2003"  # white space that a template which trims takes away, and that 
 _FIELD = re.compile(f"({_PAD}?){_OPEN}(\\d+)([cr]){_CLOSE}({_PAD}?)")
 _OTHER = "Use data.train_on=last_assistant or another data.chat_template."
 _KEYS = {"c": "content", "r": "reasoning_content"}
-_MOST_SHAPES = 4096
+_THOUGHT = re.compile(r"(\s*(?:<think>)?\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)  # reasoning inside of the content
+_MOST_REMEMBERED = 4096
 
 REASONING_LEFT_OUT = "reasoning that the chat template leaves out"
 CONTENT_LEFT_OUT = "words beside tool calls that the chat template leaves out"
@@ -103,6 +104,8 @@ def _located(conversation: Conversation, wanted: Sequence[int], bodies: bool) ->
     notes = _left_out(conversation, text)
     marked = _marked(conversation, text) if conversation.template.marks and wanted else {}
     places = [marked[i] if i in marked else _place(conversation, text, i, bodies) for i in wanted]
+    if REASONING_LEFT_OUT not in notes and _is_thought_left_out(conversation.messages, text):
+        notes = [*notes, REASONING_LEFT_OUT]
     return Located(text, places, notes)
 
 
@@ -143,16 +146,25 @@ def _shape(conversation: Conversation, wanted: tuple[int, ...], bodies: bool) ->
     parts = [_part(message) for message in conversation.messages]
     if conversation.tools or None in parts:
         return None
-    memory, key = conversation.template.memory, ("shape", wanted, bodies, tuple(parts))
-    if key not in memory:
-        if len(memory) >= _MOST_SHAPES:
-            memory.clear()
+
+    def prove() -> _Shape | None:
         try:
-            memory[key] = _proven_shape(conversation, wanted, bodies)
+            return _proven_shape(conversation, wanted, bodies)
         except UserError:  # the record itself will say why, or the template does not take stand-ins
-            memory[key] = None
-    shape: _Shape | None = memory[key]
+            return None
+
+    shape: _Shape | None = _remembered(conversation.template, ("shape", wanted, bodies, *parts), prove)
     return shape
+
+
+def _remembered(template: Template, key: Any, find: Callable[[], Any]) -> Any:
+    """What was found about a template; the memory is emptied when it is full."""
+    if key not in template.memory:
+        found = find()
+        if len(template.memory) >= _MOST_REMEMBERED:
+            template.memory.clear()
+        template.memory[key] = found
+    return template.memory[key]
 
 
 def _part(message: Message) -> tuple[str, ...] | None:
@@ -238,7 +250,7 @@ def _written_among_others(conversation: Conversation, text: str, index: int, sto
         raise UserError(
             f"turn {turn}: the chat template's generation prompt is not how the turn begins (it asks with "
             f"{_short(asked)} and writes {_short(text[after_asker : words[0]])}), so the model would learn to begin as "
-            f"it is never asked to. Use another data.chat_template, or train_on=last_assistant."
+            f"it is never asked to. Use another data.chat_template."
         )
     alone = _stretch(through, conversation.text(turn, changed=index), conversation.messages[index], turn)
     tail = through[alone[1] :].rstrip()
@@ -287,12 +299,13 @@ def _body(written: str, stop: str, turn: int, bodies: bool) -> int:
 def _stop(conversation: Conversation, index: int) -> str:
     """What follows the words of an assistant's last turn, without white space at its end; remembered by the roles."""
     roles = tuple(m["role"] for m in conversation.messages[max(0, index - 1) : index + 1])
-    memory, key = conversation.template.memory, ("stop", roles, bool(conversation.tools))
-    if key not in memory:
+
+    def find() -> str:
         turn = {"role": roles[-1], "content": f"{_FROM}{_TO}"}
         probe = Conversation([*conversation.messages[:index], turn], conversation.tools, conversation.template)
-        memory[key] = probe.text().rpartition(_TO)[2].rstrip()
-    return str(memory[key])
+        return probe.text().rpartition(_TO)[2].rstrip()
+
+    return str(_remembered(conversation.template, ("stop", roles, bool(conversation.tools)), find))
 
 
 def _stretch(text: str, changed: str, message: Message, turn: int, fix: str = _OTHER) -> tuple[int, int]:
@@ -300,7 +313,7 @@ def _stretch(text: str, changed: str, message: Message, turn: int, fix: str = _O
     begin = _common(text, changed)
     after = _common(text[begin:][::-1], changed[begin:][::-1])
     end, words = len(text) - after, changed[begin : len(changed) - after]
-    simple = not (message.get("tool_calls") or message.get("reasoning_content"))
+    simple = not (message.get("tool_calls") or message.get("reasoning_content") or _THOUGHT.match(message["content"]))
     if words.startswith(_FROM) and _TO in words:
         found = text[begin:end]
         if not simple or (words.endswith(_TO) and words.count(_FROM) == 1 and found in message["content"]):
@@ -312,9 +325,12 @@ def _stretch(text: str, changed: str, message: Message, turn: int, fix: str = _O
 
 
 def _alternative(message: Message) -> dict[str, Any]:
-    """The message with stand-ins for all of its words."""
+    """The message with stand-ins for all of its words; marks of reasoning inside of the content stay."""
     other = f"{_FROM}{_TO}"
     changed = {**message, **{key: other for key in _KEYS.values() if message.get(key)}}
+    if thought := _THOUGHT.match(message["content"]):
+        before, reasoning, between, rest = thought.groups()
+        changed["content"] = before + (other if reasoning else "") + between + (other if rest else "")
     if calls := message.get("tool_calls"):
         changed["tool_calls"] = [_other_call(call, other, other) for call in calls]
     return changed
@@ -375,11 +391,8 @@ def _left_out(conversation: Conversation, text: str) -> list[str]:
 
     Judged once for each shape, on stand-ins; where the template does not take these, on the conversation itself.
     """
-    memory = conversation.template.memory
     key = ("whole", len(conversation.tools or ()), *(_outline(message) for message in conversation.messages))
-    if key not in memory:
-        memory[key] = _missing(conversation, text)
-    missing: list[tuple[int, str]] = memory[key]
+    missing: list[tuple[int, str]] = _remembered(conversation.template, key, lambda: _missing(conversation, text))
     notes = []
     for index, what in missing:
         if index == -1:
@@ -399,6 +412,13 @@ def _left_out(conversation: Conversation, text: str) -> list[str]:
                 f"so they would be lost. Set data.chat_template to one that does."
             )
     return list(dict.fromkeys(notes))
+
+
+def _is_thought_left_out(messages: Sequence[Message], text: str) -> bool:
+    """Whether the last answer's reasoning, where it lies inside of its content, is not in the text."""
+    last = _last(messages)
+    thought = _THOUGHT.match(messages[last]["content"]) if last >= 0 else None
+    return thought is not None and thought[2] not in text
 
 
 def _last(messages: Sequence[Message]) -> int:
