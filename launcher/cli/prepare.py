@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from launcher.errors import UserError
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -19,17 +22,56 @@ if TYPE_CHECKING:
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @click.option("--json", "as_json", is_flag=True, help="Print what data.json would hold.")
-@click.option("--strict", is_flag=True, help="A record that would be dropped or cut is an error.")
-def command(recipe: str, overrides: tuple[str, ...], as_json: bool, strict: bool) -> None:
+@click.option("--strict", is_flag=True, help="A record that would be dropped, cut or repaired is an error.")
+@click.option("--shards", metavar="I/N", help="Only tokenise the shards I, I + N, I + 2 N, ...; pack nothing.")
+@click.option("--target", help="Print the jobs that do it beyond this machine: slurm or ray.")
+@click.option("-n", "shares", type=int, help="With --target: jobs that tokenise.  [default: cluster.nodes]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="With --target: write the files into this folder."
+)
+@click.option("--submit", is_flag=True, help="With --target: hand the jobs over.")
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    strict: bool,
+    shards: str | None,
+    target: str | None,
+    shares: int | None,
+    output: Path | None,
+    submit: bool,
+) -> None:
     """Tokenise and pack the data of a recipe; start no training, need no GPU. What is already made is only opened.
 
+    Beyond this machine: jobs that each tokenise a share of the shards into the cache folder, which all machines have
+    to share, and one that packs behind them. The result is the same, byte for byte.
+
+    \b
     example: launcher prepare recipes/tiny-cpu.yaml data.num_workers=8
+    example: launcher prepare recipes/llama3.1-8b-pretrain.yaml cluster.slurm.partition=cpu --target slurm -n 16 -o job
     """
+    if target is None and (given := [name for name, value in _only(shares, output, submit) if value]):
+        raise UserError(f"{given[0]}: expected with --target slurm or ray.")
+    if target is not None:
+        if given := [
+            name for name, value in (("--json", as_json), ("--strict", strict), ("--shards", shards)) if value
+        ]:
+            raise UserError(f"{given[0]}: expected without --target, whose jobs are plain calls of launcher prepare.")
+        _beyond(recipe, overrides, target, shares, output, submit=submit)
+        return
     from launcher.jobs.environment import require_train_extra
     from launcher.recipe.check import load
 
     loaded = load(recipe, overrides).recipe
     require_train_extra()
+    if shards is not None:
+        from launcher.data.parallel import Share, prepare_share
+
+        share = Share.parse(shards)
+        with progress_shown() as progress:
+            prepare_share(loaded, share, progress)
+        click.echo(f"share {share.number} of {share.of} is tokenised; when all are: launcher prepare {recipe}")
+        return
     from launcher.data.prepare import prepare
 
     with progress_shown() as progress:
@@ -38,6 +80,34 @@ def command(recipe: str, overrides: tuple[str, ...], as_json: bool, strict: bool
         click.echo(json.dumps(prepared.to_dict(), indent=2))
         return
     for line in summary(prepared):
+        click.echo(line)
+
+
+def _only(shares: int | None, output: Path | None, submit: bool) -> Iterator[tuple[str, object]]:
+    """Options that are about --target."""
+    yield from (("-n", shares), ("-o", output), ("--submit", submit))
+
+
+def _beyond(
+    recipe: str, overrides: tuple[str, ...], target: str, shares: int | None, output: Path | None, *, submit: bool
+) -> None:
+    """The jobs of a target: printed, written, or handed over from the folder that is written."""
+    from launcher.cli._common import load_for_target
+    from launcher.jobs import shards
+
+    loaded = load_for_target(recipe, overrides, target)
+    job = shards.render(loaded, shares=shares)
+    if output is None and not submit:
+        for name, text in job.rendered.files.items():
+            click.echo(f"==> {name} <==\n{text}")
+        click.echo(f"launcher prepare {recipe} --target {target} -o DIR, then in DIR: {job.rendered.command}")
+        return
+    folder = output or shards.new_folder(loaded)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in job.rendered.files.items():
+        (folder / name).write_text(text)
+    click.echo(f"wrote {', '.join(sorted(job.rendered.files))} into {folder}")
+    for line in shards.submit(job, folder) if submit else [f"cd {folder}", job.rendered.command]:
         click.echo(line)
 
 

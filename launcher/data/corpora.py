@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.data.cache import cache_folder
 from launcher.data.chat import MaskRule
 from launcher.data.lock import build_lock
 from launcher.data.names import source_names
@@ -97,13 +98,6 @@ def ensure_store(recipe: Recipe, corpus: Corpus, progress: Progress) -> tuple[Pa
         folders = [ensure_tokens(job, cache, progress) for job in corpus.jobs]
         _pack(recipe, corpus, folders, path, progress)
     return path, True
-
-
-def cache_folder(recipe: Recipe) -> Path:
-    """Where stores lie: data.cache_dir, else LAUNCHER_CACHE, else ~/.cache/launcher."""
-    return (
-        Path(recipe.data.cache_dir or os.environ.get("LAUNCHER_CACHE") or "~/.cache/launcher").expanduser().absolute()
-    )
 
 
 def make_writable(cache: Path) -> None:

@@ -85,12 +85,16 @@ class TextEncoder:
         return list(self._tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)["input_ids"])
 
 
-def judge(tokenizer: Any, texts: Callable[[], Iterator[str]], folder: Path) -> Verdict:
-    """The verdict on a tokenizer, looked up in `folder` or found now and kept there.
+def judge(
+    tokenizer: Any, texts: Callable[[], Iterator[str]], folder: Path, *, size: int = REPAID_BYTES
+) -> Verdict | None:
+    """The verdict on a tokenizer, looked up in `folder`, or found now and kept there if so many bytes repay it.
 
     Args:
         texts: gives texts of the data at hand, of which `SAMPLES` are compared.
     """
+    if size < REPAID_BYTES and not folder.is_dir():
+        return None
     if not tokenizer.is_fast:
         return Verdict(False, "the tokenizer has no fast form")
     try:
@@ -102,6 +106,8 @@ def judge(tokenizer: Any, texts: Callable[[], Iterator[str]], folder: Path) -> V
     file = folder / f"{named}.json"
     if file.exists():
         return Verdict(**json.loads(file.read_text()))
+    if size < REPAID_BYTES:
+        return None
     verdict = _found(tokenizer, texts)
     folder.mkdir(parents=True, exist_ok=True)
     fresh = file.with_name(f".{named}.{id(verdict)}")

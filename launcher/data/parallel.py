@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from launcher.data.corpora import cache_folder, make_writable
+from launcher.data.cache import cache_folder
+from launcher.data.corpora import make_writable
 from launcher.data.parts import Progress, tokenise_share
 from launcher.data.prepare import corpora_of
 from launcher.data.space import space_watched

@@ -123,10 +123,12 @@ def _open(job: TokensJob, folder: Path, cache: Path, progress: Progress) -> _Ope
     tokenizer = describe_tokenizer(job.spec, context.tokenizer())
     job.check_tokenizer(tokenizer)
     context.check()
-    if sum(table.data.nbytes for table in tables) >= REPAID_BYTES:
+    size = sum(table.data.nbytes for table in tables)
+    texts = partial(_sample_texts, tables, job.listing.names)
+    if size >= REPAID_BYTES:
         progress("choosing an encoder", 0, 0)
-        texts = partial(_sample_texts, tables, job.listing.names)
-        context.verdict = judge(context.tokenizer(), texts, cache / "encoders")
+    context.verdict = judge(context.tokenizer(), texts, cache / "encoders", size=size)
+    if context.verdict is not None:
         progress(str(context.verdict), 0, 0)
     warnings = list(form.warnings)
     if missing := missing_bytes(context.tokenizer()):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.data import mix
-from launcher.data.corpora import Corpus, cache_folder, content_hash, corpora, ensure_store, tokenizer_of
+from launcher.data.cache import cache_folder
+from launcher.data.corpora import Corpus, content_hash, corpora, ensure_store, tokenizer_of
 from launcher.data.duplicates import Duplicates, find_duplicates
 from launcher.data.parts import Progress
 from launcher.data.store import Store

@@ -54,7 +54,7 @@ class Task:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The driver's exit code: 0 finished, 1 stopped for good, 2 a user's mistake, 75 stopped with a checkpoint."""
     given = _parser().parse_args(arguments)
-    cluster, recipe = _cluster(given.recipe), Path(given.recipe).read_text(encoding="utf-8")
+    cluster, recipe = cluster_of(given.recipe), Path(given.recipe).read_text(encoding="utf-8")
     here = os.getcwd()  # ray.init may leave it
     local = cluster.ray.address == "local" and _JOB_CONFIG not in os.environ
     if local:
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _cluster(recipe: str) -> Cluster:
+def cluster_of(recipe: str) -> Cluster:
     """The recipe's section; paths are not looked at, since they are the nodes'."""
     from launcher.recipe.compose import draft, in_order
 

@@ -59,7 +59,20 @@ def render(spec: JobSpec) -> Rendered:
     """`runtime_env.json` and `submit.sh` beside the recipe; for a local cluster `job.sh`, which is the driver."""
     if spec.cluster.ray.address == LOCAL:
         return Rendered({**spec.files, _DRIVER_SCRIPT: _driver_script(spec)}, f"bash {_DRIVER_SCRIPT}")
-    files = {RUNTIME_ENV: json.dumps(_runtime_env(spec), indent=2) + "\n", SCRIPT: _submit_script(spec)}
+    ranks = f"{spec.nproc_per_node} rank{'s' * (spec.nproc_per_node > 1)}"
+    about = f"{spec.nodes} node{'s' * (spec.nodes > 1)} with {ranks} each"
+    return cluster_job(spec, entrypoint(spec), about=f"Run {spec.name}: {about}, on a Ray cluster.")
+
+
+def cluster_job(spec: JobSpec, words: list[str], *, about: str) -> Rendered:
+    """The files of a job whose entrypoint is a command on the cluster.
+
+    about: says for people what it is
+    """
+    files = {
+        RUNTIME_ENV: json.dumps(_runtime_env(spec), indent=2) + "\n",
+        SCRIPT: _submit_script(spec, words, about=about),
+    }
     return Rendered({**spec.files, **files}, f"bash {SCRIPT}")
 
 
@@ -107,6 +120,16 @@ def submit(spec: JobSpec, rendered: Rendered, folder: Path) -> Job:
         from launcher.jobs.targets import process
 
         return process.start(spec, rendered, folder, target="ray")
+    return submit_to_cluster(spec, rendered, folder, entrypoint(spec))
+
+
+def submit_to_cluster(spec: JobSpec, rendered: Rendered, folder: Path, words: list[str]) -> Job:
+    """Hand the folder of a `cluster_job` to the cluster's job server.
+
+    Raises:
+        UserError: as `submit`.
+    """
+    _require_ray()
     address = _address(spec)
     values = {name: os.environ[name] for name in spec.env_names if name in os.environ}
     with _asked(address, "submit the job") as client, _code_beside(folder, spec.cluster.ray.working_dir):
@@ -115,7 +138,7 @@ def submit(spec: JobSpec, rendered: Rendered, folder: Path) -> Job:
         runtime_env["working_dir"] = str(folder)
         runtime_env["env_vars"] |= values
         client.submit_job(
-            entrypoint=shlex.join(entrypoint(spec)),
+            entrypoint=shlex.join(words),
             submission_id=name,
             runtime_env=runtime_env,
             metadata={"launcher_run": spec.run},
@@ -192,14 +215,13 @@ def _runtime_env(spec: JobSpec) -> dict[str, Any]:
     return {"working_dir": ".", **pip, "env_vars": {**dict(sorted(spec.env.items())), **stop_wait}}
 
 
-def _submit_script(spec: JobSpec) -> str:
+def _submit_script(spec: JobSpec, words: list[str], *, about: str) -> str:
     """The one call that submits, for people; the same as `submit` but for the number in the job's id."""
     ray, names = spec.cluster.ray, list(spec.env_names)
     address = shlex.quote(ray.address) if ray.address else '"${RAY_ADDRESS:?set it to http://HOST:8265}"'
-    ranks = f"{spec.nproc_per_node} rank{'s' * (spec.nproc_per_node > 1)}"
     lines = [
         "#!/usr/bin/env bash",
-        f"# Run {spec.name}: {spec.nodes} node{'s' * (spec.nodes > 1)} with {ranks} each, on a Ray cluster.",
+        f"# {about}",
         "# Ray ships this folder to the nodes; the driver starts on the cluster and waits there for its nodes.",
         "set -euo pipefail",
         'cd "$(dirname "${BASH_SOURCE[0]}")"',
@@ -218,7 +240,7 @@ def _submit_script(spec: JobSpec) -> str:
         "exec ray job submit --no-wait \\",
         f'  --submission-id "${{1:-{_plain(spec.name)}-$(date +%s)}}" \\',
         f"  --runtime-env {runtime_env} \\",
-        f"  -- {shlex.join(entrypoint(spec))}",
+        f"  -- {shlex.join(words)}",
     ]
     return "\n".join(lines) + "\n"
 

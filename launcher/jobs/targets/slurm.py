@@ -173,7 +173,7 @@ def submit(spec: JobSpec, rendered: Rendered, folder: Path) -> Job:
     Raises:
         UserError: no sbatch, or it refused; the key to change is named.
     """
-    job_id, more = _submit(spec, folder)
+    job_id, more = sbatch(spec, folder, FILE)
     return Job(target="slurm", id=job_id, folder=folder, run=Path(spec.run), more=more)
 
 
@@ -183,11 +183,34 @@ def submit_sweep(specs: Sequence[JobSpec], rendered: Rendered, folder: Path) -> 
     Raises:
         UserError: as `submit`.
     """
-    job_id, more = _submit(specs[0], folder)
+    job_id, more = sbatch(specs[0], folder, FILE)
     return [
         Job(target="slurm", id=f"{job_id}_{number}", folder=folder, run=Path(spec.run), more=more)
         for number, spec in enumerate(specs)
     ]
+
+
+def sbatch(spec: JobSpec, folder: Path, file: str, *options: str) -> tuple[str, dict[str, str]]:
+    """Hand a script in a folder over; the job's id, and what else has to be known to ask about it.
+
+    Raises:
+        UserError: no sbatch, or it refused; the key to change is named.
+    """
+    _require("sbatch")
+    missing = [name for name in spec.env_names if name not in os.environ]
+    if missing and not spec.setup:
+        raise UserError(
+            f"cluster.env: {', '.join(missing)} not set here: sbatch hands the job the variables that are. Export it, "
+            "or remove the name."
+        )
+    code, out, error = _run(["sbatch", "--parsable", *options, file], folder=folder)
+    match = re.search(r"^(\d+)(?:;(\S+))?$", out, re.MULTILINE)
+    if code != 0 or match is None:
+        raise UserError(f"sbatch refused {spec.name}: {_refusal(_words(error) or f'exit code {code}', spec)}")
+    more = {"requeue": "yes" if spec.cluster.slurm.requeue else "no", "stop_lead_s": str(spec.stop_lead_s)}
+    if match[2]:
+        more["cluster"] = match[2]
+    return match[1], more
 
 
 def status(job: Job) -> JobStatus:
@@ -247,24 +270,6 @@ def _saving(run: RunDirectory, job: Job) -> bool:
     last = attempts(run)[-1:]
     asked = last and last[0].job_id == job.id and not last[0].ended and stop_requested(run)
     return bool(asked) and read_verdict(run) is None and status(job).state == "running"
-
-
-def _submit(spec: JobSpec, folder: Path) -> tuple[str, dict[str, str]]:
-    _require("sbatch")
-    missing = [name for name in spec.env_names if name not in os.environ]
-    if missing and not spec.setup:
-        raise UserError(
-            f"cluster.env: {', '.join(missing)} not set here: sbatch hands the job the variables that are. Export it, "
-            "or remove the name."
-        )
-    code, out, error = _run(["sbatch", "--parsable", FILE], folder=folder)
-    match = re.search(r"^(\d+)(?:;(\S+))?$", out, re.MULTILINE)
-    if code != 0 or match is None:
-        raise UserError(f"sbatch refused {spec.name}: {_refusal(_words(error) or f'exit code {code}', spec)}")
-    more = {"requeue": "yes" if spec.cluster.slurm.requeue else "no", "stop_lead_s": str(spec.stop_lead_s)}
-    if match[2]:
-        more["cluster"] = match[2]
-    return match[1], more
 
 
 def _require(tool: str) -> None:

@@ -22,7 +22,7 @@ def script(specs: Sequence[JobSpec], *, name: str) -> str:
     parts = [
         ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(spec, name, len(specs)))],
         _about(specs),
-        _environment(spec),
+        environment(spec),
         _run(specs),
         *([_rendezvous(spec)] if spec.nodes > 1 or spec.cluster.slurm.tasks == "gpu" else ()),
         _cores(spec),
@@ -52,12 +52,44 @@ def output_name(*, array: bool) -> str:
     return "slurm-%A_%a.out" if array else "slurm-%j.out"
 
 
-def _options(spec: JobSpec, name: str, runs: int) -> Iterator[str]:
-    slurm, tasks = spec.cluster.slurm, _tasks_per_node(spec)
+def queue_options(spec: JobSpec, name: str) -> Iterator[str]:
+    """What says in whose name a job waits, and for which part of the cluster."""
     yield f"--job-name={shlex.quote(name)}"
     for key in ("account", "partition", "qos", "constraint", "exclude", "reservation", "comment"):
-        if (value := getattr(slurm, key)) is not None:
+        if (value := getattr(spec.cluster.slurm, key)) is not None:
             yield f"--{key}={shlex.quote(value)}"
+
+
+def environment(spec: JobSpec) -> list[str]:
+    """Set-up lines and variables; in a container the worker runs the set-up lines, inside."""
+    slurm = spec.cluster.slurm
+    contained = slurm.container.runtime != "none"
+    setup = slurm.container.setup if contained else spec.setup
+    lines = ["set -euo pipefail"]
+    if setup:
+        lines = ["# Others' set-up lines may read variables that are not set, so -u comes behind them."]
+        lines += ["set -eo pipefail", *setup, "set -u"]
+    if spec.env_names and not contained:
+        why = "cluster.setup has run and left it unset" if spec.setup else "it is not set where sbatch was called"
+        lines += [f': "${{{name}:?cluster.env names it, but {why}}}"' for name in spec.env_names]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(spec.env.items())]
+    lines += spec.code_lines
+    return lines
+
+
+def require_launcher() -> list[str]:
+    """Lines that end a script where the command is not found."""
+    return [
+        "if ! command -v launcher >/dev/null; then",
+        '  echo "launcher: not found on $(hostname); activate its environment in cluster.setup" >&2',
+        "  exit 127",
+        "fi",
+    ]
+
+
+def _options(spec: JobSpec, name: str, runs: int) -> Iterator[str]:
+    slurm, tasks = spec.cluster.slurm, _tasks_per_node(spec)
+    yield from queue_options(spec, name)
     if runs > 1:
         limit = f"%{slurm.sweep_parallel}" if slurm.sweep_parallel else ""
         yield f"--array=0-{runs - 1}{limit}"
@@ -94,23 +126,6 @@ def _about(specs: Sequence[JobSpec]) -> list[str]:
     ]
 
 
-def _environment(spec: JobSpec) -> list[str]:
-    """In a container the worker runs the set-up lines, inside."""
-    slurm = spec.cluster.slurm
-    contained = slurm.container.runtime != "none"
-    setup = slurm.container.setup if contained else spec.setup
-    lines = ["set -euo pipefail"]
-    if setup:
-        lines = ["# Others' set-up lines may read variables that are not set, so -u comes behind them."]
-        lines += ["set -eo pipefail", *setup, "set -u"]
-    if spec.env_names and not contained:
-        why = "cluster.setup has run and left it unset" if spec.setup else "it is not set where sbatch was called"
-        lines += [f': "${{{name}:?cluster.env names it, but {why}}}"' for name in spec.env_names]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(spec.env.items())]
-    lines += spec.code_lines
-    return lines
-
-
 def _run(specs: Sequence[JobSpec]) -> list[str]:
     if len(specs) == 1:
         lines = [
@@ -139,12 +154,7 @@ def _run(specs: Sequence[JobSpec]) -> list[str]:
     ]
     container = specs[0].cluster.slurm.container
     if container.runtime == "none":
-        lines += [
-            "if ! command -v launcher >/dev/null; then",
-            '  echo "launcher: not found on $(hostname); activate its environment in cluster.setup" >&2',
-            "  exit 127",
-            "fi",
-        ]
+        lines += require_launcher()
     lines += ['mkdir -p "$run/control"', 'rm -f "$run/control/verdict"  # an earlier start\'s last word']
     return lines
 
