@@ -84,7 +84,9 @@ class Entry:
                     f"{self.place}: `tags` names no {key}, and what a given `tags` does not name is null. Add "
                     f"{key}: {_TAGS[key]}."
                 )
-        read = {ours: theirs for ours, theirs in self.columns.items() if theirs}
+        read = {
+            ours: name for ours, name in self.columns.items() if name and (self._expects(ours) or not _COLUMNS[ours])
+        }
         tags = {tag: theirs for tag, theirs in self.tags.items() if theirs}
         style = "openai" if tags.get("role_tag") == "role" else "sharegpt"
         base = {"openai": "messages"}.get(self.formatting, self.formatting)
@@ -101,6 +103,9 @@ class Entry:
         for key, default in _COLUMNS.items():
             if default and self.columns[key] is None and self._expects(key) and record.get(default):
                 note(f"column {default} is not read: the entry's `columns` does not name {key}")
+        for key in ("history", "system"):
+            if key not in self.columns.values() and record.get(key):
+                note(f"column {key} is not read: the entry's `columns` does not name it")
         return self._read_alpaca(form, record) if self.formatting == "alpaca" else self._read_turns(form, record)
 
     def _expects(self, key: str) -> bool:
