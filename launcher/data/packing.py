@@ -21,7 +21,7 @@ from launcher.data.order import uniform_hash
 
 Packing = tuple[NDArray[np.int64], NDArray[np.int64]]  # where each row begins in the second; documents of all rows
 
-_INTERPRETED = 200_000  # up to so many documents (0.3 s) the same function runs uncompiled: quicker than the compiler
+_INTERPRETED = 100_000  # up to so many documents (0.3 s) the same function runs uncompiled: quicker than the compiler
 
 _BIT = np.zeros(37, dtype=np.int64)  # 2**k modulo the prime 37 differs for each k below 36, so it finds k
 _BIT[[2**k % 37 for k in range(32)]] = range(32)
