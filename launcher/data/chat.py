@@ -1,6 +1,7 @@
 """What of a conversation is trained: which turns, how much, and which characters of the rendered text those are.
 
-Where a turn lies is proven by `launcher.data.proof`; which tokens its characters are by `launcher.data.cuts`.
+Where a turn lies is proven by `launcher.data.shapes` and `launcher.data.proof`, which tokens that are by
+`launcher.data.cuts`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.data.formats import Chat
-from launcher.data.proof import Conversation, locate
+from launcher.data.proof import Conversation
+from launcher.data.shapes import locate
 from launcher.data.template import Template, template_of
 from launcher.errors import UserError
 from launcher.recipe.schema.data import Data

@@ -17,6 +17,7 @@ Messages = Sequence[Mapping[str, Any]]
 DATE = datetime(2024, 7, 26)
 _GENERATION = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
 _NEEDS = re.compile(r"\A\s*\{#-?.*?Special tokens:([^\n]*?)\s*(?:-?#\}|\n)", re.DOTALL)
+_MOST_REMEMBERED = 4096
 _OWN_KEYS = ("train", "weight")  # what a message says to us, not to the model
 
 
@@ -32,7 +33,7 @@ class Template:
 
     def __init__(self, text: str, variables: Mapping[str, str], with_tools: str | None = None) -> None:
         self.text = text
-        self.memory: dict[Any, Any] = {}  # what was proven about this template; see `launcher.data.proof`
+        self._memory: dict[Any, Any] = {}
         self._with_tools = with_tools or text
         self._variables = {**variables, "strftime_now": DATE.strftime, "documents": None}
         self.marks = bool(_GENERATION.search(self._with_tools))
@@ -61,6 +62,15 @@ class Template:
 
         self._call(tools, write)
         return "".join(blocks), spans
+
+    def remembered(self, key: Any, find: Callable[[], Any]) -> Any:
+        """What was found out about this template once; all is forgotten when it becomes too much."""
+        if key not in self._memory:
+            found = find()
+            if len(self._memory) >= _MOST_REMEMBERED:
+                self._memory.clear()
+            self._memory[key] = found
+        return self._memory[key]
 
     def _call(self, tools: Any, use: Callable[[Any], Any]) -> Any:
         # `apply_chat_template` and `render_jinja_template` copy and check every message before this; it takes longer
