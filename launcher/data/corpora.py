@@ -211,6 +211,7 @@ def _pack(recipe: Recipe, corpus: Corpus, folders: list[Path], path: Path, progr
             "fingerprint": corpus.fingerprint,
             **lost,
             "first": first,
+            "format": ", ".join(dict.fromkeys(m["format"] for m in manifests)),
             "formats": [f"{path}: {m['said']}" for path, m in zip(corpus.paths, manifests, strict=True)],
             "warnings": [
                 f"{path}: {line}" for path, m in zip(corpus.paths, manifests, strict=True) for line in m["warnings"]

@@ -133,10 +133,14 @@ def _open(job: TokensJob, folder: Path, cache: Path, progress: Progress) -> _Ope
     warnings = list(form.warnings)
     if missing := missing_bytes(context.tokenizer()):
         warnings.append(f"the tokenizer has no token for {missing} of 256 bytes and drops them from texts")
-    said = f"{'recognised as' if form.recognised else 'read as'} {form.name}"
+    said = form.said
     if replaces_template(job.spec):
         said += "; data.chat_template replaces the tokenizer's own"
-    return _Opened(context, _shards(tables, folder), {"said": said, "warnings": warnings, "tokenizer": tokenizer})
+    return _Opened(
+        context,
+        _shards(tables, folder),
+        {"said": said, "format": form.name, "warnings": warnings, "tokenizer": tokenizer},
+    )
 
 
 def _sample_texts(tables: list[Any], names: list[str]) -> Iterator[str]:

@@ -160,9 +160,9 @@ def _train(recipe: Recipe, train: Sequence[tuple[Corpus, Store]], duplicates: Du
             **{key: value for key, value in entry.items() if key != "formats"},
             "epoch_rows": drawn,
             "share": share,
-            "format": entry["formats"][0].rpartition(" ")[2],
+            "format": store.manifest["format"],
         }
-        for (corpus, _), entry, drawn, share in zip(train, entries, draws, shares, strict=True)
+        for (corpus, store), entry, drawn, share in zip(train, entries, draws, shares, strict=True)
     ]
     return {
         **_sums(entries, data.seq_len),

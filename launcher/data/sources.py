@@ -40,7 +40,6 @@ _KINDS = {
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _CHUNK = 1 << 22
-_SAMPLE_RECORDS, _SAMPLE_BLOCKS = 100, 200
 _CSV_ROWS = 10_000  # rows that are written at a time
 _DRAWN = 0x5EED  # what num_samples of a registry draws with, so that it draws the same each time
 
@@ -189,16 +188,6 @@ def records(table: Any, begin: int, end: int, name: str) -> list[dict[str, Any]]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def sample_texts(tables: list[Any], names: list[str]) -> Iterator[str]:
-    """Every string of the records, some hundred at a time, in an order that soon has seen all parts of all tables."""
-    blocks = [(i, begin) for i, table in enumerate(tables) for begin in range(0, len(table), _SAMPLE_RECORDS)]
-    step = max(1, len(blocks) // _SAMPLE_BLOCKS)
-    for first in range(step):
-        for i, begin in blocks[first::step]:
-            end = min(begin + _SAMPLE_RECORDS, len(tables[i]))
-            yield from _strings(records(tables[i], begin, end, names[i]))
-
-
 def record_number(table: Any, row: int) -> int:
     """Which record of its file a row of a table is, from 0."""
     return int(table.rows[row]) if isinstance(table, Drawn) else row
@@ -213,16 +202,6 @@ def ending(file: Path | str) -> str:
     """What a file's name says it holds, without the ending of a compression."""
     path = PurePosixPath(file)
     return PurePosixPath(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _strings(list(value.values()))
-    elif isinstance(value, list):
-        for one in value:
-            yield from _strings(one)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ def look(recipe: Recipe, *, tokenizer: dict[str, Any], model_vocab_size: int | N
                 f"{source.path}: holds token id {largest}, but the model has {limit} ids. Use the model's own "
                 f"tokenizer, or a model with a larger vocab_size."
             )
-        said = f"{'recognised as' if form.recognised else 'read as'} {form.name}, streamed"
+        said = f"{form.said}; streamed"
         entries.append({
             "name": name, "path": source.path, "format": form.name, "files": len(files), "block": _block(files, lanes),
             "fingerprint": _fingerprint(listing), "formats": [f"{source.path}: {said}"], "warnings": form.warnings,

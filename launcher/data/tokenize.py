@@ -18,7 +18,7 @@ from launcher.data.chat import MaskRule, Rendered, render, template_of
 from launcher.data.cuts import Cutter
 from launcher.data.encode import TextEncoder, Verdict
 from launcher.data.formats import Chat, Completion, Example, Format, Labelled, Pair, Skip, Text, Tokens
-from launcher.data.sources import place, records
+from launcher.data.sources import place, record_number, records
 from launcher.data.store import Encoded, Side, write_part
 from launcher.data.template import Template, special_tokens
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
@@ -376,7 +376,8 @@ def tokenise_shard(context: ShardContext, shard: Shard) -> int:
     for begin in range(shard.begin, shard.end, _BATCH):
         batch = records(table, begin, min(begin + _BATCH, shard.end), name)
         numbers, examples = [], []
-        for number, record in enumerate(batch, begin):
+        for row, record in enumerate(batch, begin):
+            number = record_number(table, row)
             with _placed(place(name, number)):
                 try:
                     example = context.form.read(record, partial(lost["changed"].add, number))
