@@ -51,7 +51,7 @@ def look(recipe: Recipe, *, tokenizer: dict[str, Any], model_vocab_size: int | N
     for name, source in zip(source_names(recipe.data.train), recipe.data.train, strict=True):
         listing = listed(source)
         files = open_files(listing, shelf)
-        form, file, first = _recognise(source, files, recipe)
+        form, file, first = _recognise(listing.source, files, recipe)
         encoder.check(form)
         largest = _try(file, form, first, encoder)
         if largest >= limit:
@@ -187,17 +187,24 @@ def listed(source: Source) -> Listing:
     """The files of a source; those of a hub dataset stay on the hub and are read from there.
 
     Raises:
-        UserError: nothing lies there.
+        UserError: nothing lies there, or only some of the records are asked for.
     """
     listing = find(source)
-    return _on_hub(source) if listing.kind == "hub" else listing
+    entry = getattr(listing.source, "entry", None)
+    if listing.source.max_samples is not None or (entry is not None and entry.num_samples):
+        raise UserError(
+            f"{source.path}: max_samples, #N and num_samples count records, which data.streaming does not. Remove the "
+            f"number, or set data.streaming=false."
+        )
+    return _on_hub(listing.source) if listing.kind == "hub" else listing
 
 
 def _on_hub(source: Source) -> Listing:
     import datasets
 
+    folder = {} if source.folder is None else {"data_dir": source.folder}
     try:
-        builder = datasets.load_dataset_builder(source.path, name=source.subset)
+        builder = datasets.load_dataset_builder(source.path, name=source.subset, **folder)
         files = (builder.config.data_files or {}).get(source.split or "train")
     except Exception as error:
         raise UserError(
@@ -213,13 +220,14 @@ def _encoder(recipe: Recipe, words: Any) -> Encoder:
 
 
 def _feed(source: Source, known: Mapping[str, Any], shelf: Shelf, recipe: Recipe) -> Feed:
-    files = open_files(listed(source), shelf)
+    listing = listed(source)
+    files = open_files(listing, shelf)
     if len(files) != known["files"]:
         raise UserError(
             f"{source.path}: holds {len(files)} files, {known['files']} when the data were prepared. Bring the files "
             f"back, or start a new run."
         )
-    form, _, _ = _recognise(source, files, recipe)
+    form, _, _ = _recognise(listing.source, files, recipe)
     return Feed(known["name"], files, form, known["share"], known["block"])
 
 
@@ -231,7 +239,7 @@ def _recognise(source: Source, files: Sequence[File], recipe: Recipe) -> tuple[F
             found, at = file.read(at, extent)
             if found:
                 first = found[0][1]
-                return choose(source, list(first), first), file, found[:_LOOKED_AT]
+                return choose(source, list(first), first, recipe.data.placeholders), file, found[:_LOOKED_AT]
     raise UserError(f"{source.path}: holds no records.")
 
 
