@@ -131,10 +131,9 @@ def summary(prepared: Prepared) -> Iterator[str]:
 
 def _role_lines(role: str, entry: dict[str, Any], parts: list[dict[str, Any]]) -> Iterator[str]:
     """Each source or set, then all together where there are several."""
-    if entry.get("streaming"):
-        yield from (f"{role} {part['name']}  streamed from {part['path']}" for part in parts)
-        return
     yield from (f"{role}  {line}" for line in entry["formats"])
+    if entry.get("streaming"):
+        return
     for part in parts:
         name = f"{role} {part['name']}" if len(parts) > 1 else role
         yield f"{name}  {_holds(part)}"

@@ -47,10 +47,10 @@ def epoch_rows(data: Mapping[str, Any]) -> int:
 def remarks(data: Mapping[str, Any]) -> Iterator[str]:
     """What was lost, repaired or looks wrong, a line each; by source where there are several."""
     for role, entry in (("train", data["train"]), ("eval", data["eval"] or {})):
+        yield from (f"{role}: warning: {line}" for line in entry.get("warnings", ()))
         parts = entry.get("sources" if role == "train" else "sets", [])
         for part in parts:
             name = f"{role} {part['name']}" if len(parts) > 1 else role
-            yield from (f"{name}: warning: {line}" for line in part.get("warnings", ()))
             for what in ("dropped", "changed"):
                 yield from (f"{name}: {what}: {n:,} ({reason})" for reason, n in part.get(what, {}).items())
     if duplicates := data["train"].get("duplicates"):

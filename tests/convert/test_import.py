@@ -19,6 +19,7 @@ from launcher.data.store import Store
 from launcher.errors import UserError
 from launcher.jobs.importing import import_checkpoint
 from launcher.recipe.schema import to_dict
+from launcher.run.data import VERSION
 from launcher.run.directory import RunDirectory
 from launcher.run.ledger import attempts, valid_checkpoints
 from launcher.run.state import read_state
@@ -56,9 +57,9 @@ def taken(source: Path, folder: Path, name: str, *, weights_only: bool = False, 
 def go_on(run: RunDirectory, store: Path) -> list[float]:
     """Losses of the steps that follow, by a real attempt of the run."""
     opened = Store.open(store)
-    part = {"store": str(store), "rows": opened.rows, "trained_weight": float(opened.row_weight.sum())}
+    part = {"name": "made", "store": str(store), "rows": opened.rows, "epoch_rows": opened.rows}
     data = {
-        "version": 1, "train": part, "eval": None, "vocab_size": make.VOCAB, "total_rows": None,
+        "version": VERSION, "train": {"sources": [part]}, "eval": None, "vocab_size": make.VOCAB, "total_rows": None,
         "global_batch_size": 4, "total_steps": sources.STEPS,
     }  # fmt: skip
     run.data_file.write_text(json.dumps(data))

@@ -11,6 +11,7 @@ from launcher.jobs.changes import identity
 from launcher.jobs.opening import open_run, stored_recipe
 from launcher.plan import make_plan
 from launcher.recipe.schema import Adapter, Data, Model, Recipe, Source, Train, to_dict
+from launcher.run.data import VERSION
 from launcher.run.directory import MARKER, RunDirectory
 from launcher.run.ledger import start_attempt
 
@@ -32,7 +33,7 @@ def run(tmp_path) -> RunDirectory:
     """A run of that recipe with a checkpoint at step 5."""
     made, values = RunDirectory(tmp_path / "r"), to_dict(recipe())
     made.create(values, make_plan(recipe()).to_dict(), identity(values))
-    made.data_file.write_text(json.dumps({"train": {"rows": 10}}))
+    made.data_file.write_text(json.dumps({"version": VERSION, "train": {"epoch_rows": 10}}))
     start_attempt(made, target="local", job_id=None, nodes=["here"], reason="run")
     made.checkpoint(5, 1).mkdir(parents=True)
     (made.checkpoint(5, 1) / MARKER).touch()
