@@ -70,8 +70,9 @@ def build_rows(
         index, packing = _end_to_end(index, folders, losses, recipe.data)
         packings = [packing]
     else:
-        index = _fit(index, folders, losses, seq_len=recipe.data.seq_len, overlong=recipe.data.overlong)
+        index = _fit(index, folders, losses, recipe.data, one_packing=repack == 1)
         packings = _whole_documents(index, recipe.data, times=repack, seed=recipe.train.seed)
+        packings = [_without_idle_rows(index, packings[0], losses), *packings[1:]]
     return Rows(index, packings, losses.dropped, losses.changed, losses.first)
 
 
@@ -162,9 +163,13 @@ def _without_idle_rows(index: Index, packing: Packing, losses: _Losses) -> Packi
     return np.append(0, np.cumsum(np.diff(offsets)[taught])), order[kept]
 
 
-def _fit(index: Index, folders: list[Path], losses: _Losses, *, seq_len: int, overlong: str) -> Index:
-    """Documents, and pairs, of at most `seq_len` tokens, as `overlong` says, without those that then teach nothing."""
-    units = _units(index)
+def _fit(index: Index, folders: list[Path], losses: _Losses, data: Data, *, one_packing: bool) -> Index:
+    """Documents, and pairs, of at most `seq_len` tokens, as `overlong` says, without those that then teach nothing.
+
+    Of a split document every piece is kept, and rows that teach nothing are left out later; where there are several
+    packings, which have as many rows, the pieces that teach nothing are left out here.
+    """
+    seq_len, overlong, units = data.seq_len, data.overlong, _units(index)
     long = _per_unit(index.length, units) > seq_len
     if not long.any():
         return index
@@ -181,7 +186,12 @@ def _fit(index: Index, folders: list[Path], losses: _Losses, *, seq_len: int, ov
         cut = _truncated(index, units, of_long, folders, seq_len=seq_len)
     else:
         cut = _split(index, of_long, folders, losses, seq_len=seq_len)
-    taught = _per_unit(cut.trained, units := _units(cut), np.minimum) > 0
+    if overlong == "split" and one_packing:
+        units = np.flatnonzero(cut.whole())
+        taught = _per_unit(cut.trained, units) > 0
+    else:
+        units = _units(cut)
+        taught = _per_unit(cut.trained, units, np.minimum) > 0
     taught = np.repeat(taught, np.diff(units, append=cut.length.size))
     losses.count(losses.dropped, f"no trained token left when {reason}", cut.take(~taught))
     return cut.take(taught)

@@ -135,6 +135,21 @@ def test_split_documents_are_whole_again_when_laid_together_and_no_piece_is_a_si
     assert rows.dropped == {"no trained token left when split at seq_len": 3}
 
 
+def test_pieces_of_which_nothing_is_trained_ride_along_but_make_no_row_of_their_own(tmp_path):
+    where = part(tmp_path, [(37, 0, True), (9, 0, True)])
+    weights = np.load(where / "weights.npy")
+    weights[:16] = 0  # a prompt longer than a row
+    weights[33:37] = 0  # what follows the answer's end; its last token begins a piece
+    np.save(where / "weights.npy", weights)
+    rows = build_rows([[where]], [["made"]], held=Held.all, recipe=recipe(overlong="split"))
+    offsets, documents = rows.packings[0]
+    assert rows.dropped == {"no trained token in their row": 1}
+    assert [rows.index.length[d].tolist() for d in np.split(documents, offsets[1:-1])] == [[16], [5, 9]]
+    several = build_rows([[where]], [["made"]], held=Held.all, recipe=recipe(overlong="split"), repack=2)
+    assert several.dropped == {"no trained token left when split at seq_len": 2}
+    assert all(documents.size == 2 for _, documents in several.packings)
+
+
 def test_concatenated_rows_count_targets_across_borders_only_when_not_isolated(tmp_path):
     documents = [(7, 0, True), (9, 0, True), (20, 0, True), (13, 0, True)]
     apart, _ = laid(tmp_path, documents, packing="concat")
