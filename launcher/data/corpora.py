@@ -154,7 +154,8 @@ def _job(recipe: Recipe, source: Source, encoding: str, check_tokenizer: CheckTo
     listing = find(source)
     source = listing.source  # a registry's entry may say more than the recipe
     key = content_hash(
-        encoding, fingerprint(listing), source.format, source.columns, source.tags, source.max_samples,
+        encoding, fingerprint(listing, remembered=cache_folder(recipe) / "files"),
+        source.format, source.columns, source.tags, source.max_samples,
         [file.suffix for file in listing.files],
     )  # fmt: skip
     return TokensJob(

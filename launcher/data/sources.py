@@ -25,6 +25,7 @@ import xxhash
 from launcher.data import remote
 from launcher.data.atomic import appearing
 from launcher.data.dataset_info import Entry, read_entry
+from launcher.data.hashes import file_hash
 from launcher.data.space import full_disk
 from launcher.errors import UserError, nearest
 from launcher.recipe.schema.data import Source
@@ -127,8 +128,12 @@ def find(source: Source) -> Listing:
     return Listing(source, "hub", ())
 
 
-def fingerprint(listing: Listing) -> str:
-    """Hash of everything the records are read from, and of how; each local file is read once, in pieces."""
+def fingerprint(listing: Listing, remembered: Path | None = None) -> str:
+    """Hash of everything the records are read from, and of how.
+
+    Args:
+        remembered: folder in which hashes of local files are kept, so that an unchanged file is not read again.
+    """
     digest = xxhash.xxh3_128()
     source = listing.source
     entry = getattr(source, "entry", None)
@@ -140,10 +145,7 @@ def fingerprint(listing: Listing) -> str:
         if isinstance(file, str):
             digest.update(repr((PurePosixPath(file).suffixes, remote.stamp(file))).encode())
             continue
-        digest.update(repr((file.suffix, file.stat().st_size)).encode())
-        with open(file, "rb") as f:
-            while chunk := f.read(_CHUNK):
-                digest.update(chunk)
+        digest.update(repr((file.suffix, file_hash(file, remembered))).encode())
     return digest.hexdigest()
 
 
@@ -184,7 +186,7 @@ def records(table: Any, begin: int, end: int, name: str) -> list[dict[str, Any]]
             middle = (begin + end) // 2
             return records(table, begin, middle, name) + records(table, middle, end, name)
         raise UserError(f"{place(name, begin)}: not UTF-8: {error}. Save the file as UTF-8.") from error
-    columns = {column: [_without_nulls(value) for value in values] for column, values in columns.items()}
+    columns = {column: [without_nulls(value) for value in values] for column, values in columns.items()}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
@@ -367,12 +369,12 @@ def _undecoded(table: Any) -> Any:
     return table
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """A nested value without the keys that are null: a table gives every object the keys of all others."""
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list) and value and isinstance(value[0], dict | list):
-        return [_without_nulls(inner) for inner in value]
+        return [without_nulls(inner) for inner in value]
     return value
 
 

@@ -53,6 +53,21 @@ def project(folder: Path, **changes: Any) -> Path:
     return file
 
 
+def in_files(folder: Path, count: int) -> Path:
+    """A project's records in several files, each of which is a shard of its own. The folder of them."""
+    records, many = (folder / "data.jsonl").read_text().splitlines(keepends=True), folder / "many"
+    many.mkdir(exist_ok=True)
+    for number in range(count):
+        (many / f"{number}.jsonl").write_text("".join(records[number::count]))
+    return many
+
+
+def made_in(cache: Path) -> dict[str, bytes]:
+    """Every file that `prepare` made in a cache folder, but for locks and what is remembered of files."""
+    folders = [cache / name for name in ("tokens", "packed", "duplicates")]
+    return {str(f.relative_to(cache)): f.read_bytes() for folder in folders for f in folder.rglob("*") if f.is_file()}
+
+
 def run_of(recipe: Path, name: str = "tiny") -> RunDirectory:
     """The run that a project's recipe makes."""
     return RunDirectory(recipe.parent / "runs" / name)

@@ -15,7 +15,7 @@ from launcher.run.control import read_outcomes
 from launcher.run.directory import RunDirectory
 from launcher.run.ledger import attempts, valid_checkpoints
 from launcher.run.state import read_state
-from tests.jobs.make import finish, launcher, losses, project, run_of, tensors_of, until
+from tests.jobs.make import finish, in_files, launcher, losses, made_in, project, run_of, tensors_of, until
 from tests.pages import DOCS, commands
 from tests.ray.testbed import RayCluster, with_argument
 from tests.slurm.make import last_step, story
@@ -226,3 +226,15 @@ def _node_of_rank_0(run: RunDirectory, cluster: RayCluster):
     pid = attempts(run)[-1].pid
     assert pid is not None
     return cluster.node_with(pid)
+
+
+def test_data_are_prepared_by_tasks_and_one_behind_them_as_by_one_process(site):
+    source = f"data.train=[{{path: {in_files(site.folder, 3)}}}]"
+    shared, alone = site.folder / "cache-shared", site.folder / "cache-alone"
+    beyond = ("--target", "ray", "-n", "2", "-o", str(site.folder / "prepare"), "--submit")
+    said = site.call("prepare", site.recipe, source, f"data.cache_dir={shared}", *beyond)
+    look = next(line.partition("look:")[2] for line in said.splitlines() if "look:" in line)
+    until("the merge has ended", lambda: "packing efficiency" in site.type(look), timeout_s=600)
+    assert "tokenised: 2 of 2 shares" in site.type(look)
+    site.call("prepare", site.recipe, source, f"data.cache_dir={alone}")
+    until("all is there", lambda: made_in(shared) == made_in(alone), timeout_s=60)

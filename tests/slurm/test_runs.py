@@ -13,7 +13,7 @@ import pytest
 
 from launcher.run.control import read_outcomes
 from launcher.run.ledger import attempts, valid_checkpoints
-from tests.jobs.make import losses, until
+from tests.jobs.make import in_files, losses, made_in, until
 from tests.slurm.make import STEPS, Site, story
 from tests.slurm.testbed import slurm
 
@@ -239,3 +239,19 @@ def test_l4_a_plain_srun_in_an_allocation_ends_like_all(site):
     site.shell(f"salloc --quiet --nodes=2 --ntasks-per-node=1 --cpus-per-task=32 {srun}")
     site.assert_exact("big")
     assert {(attempt.target, attempt.end_class) for attempt in attempts(site.run("big"))} == {("slurm", "finished")}
+
+
+@pytest.mark.slow
+def test_data_are_prepared_by_an_array_of_jobs_and_one_behind_it_as_by_one_process(site):
+    source = f"data.train=[{{path: {in_files(site.folder, 3)}}}]"
+    shared, alone = site.folder / "cache-shared", site.folder / "cache-alone"
+    beyond = ("--target", "slurm", "-n", "2", "-o", str(site.folder / "prepare"), "--submit")
+    said = site.call("prepare", site.recipe, source, f"data.cache_dir={shared}", *beyond)
+    shards, merge = re.findall(r"slurm job (\d+)", said)
+    site.wait_for(merge, "COMPLETED", "CANCELLED", "FAILED")
+    assert site.cluster.job(merge)["JobState"] == "COMPLETED", site.cluster.account_of(merge)
+    outputs = sorted((site.folder / "prepare").glob(f"shards-{shards}_*.out"))
+    assert len(outputs) == 2
+    assert "share 1 of 2 is tokenised" in outputs[1].read_text()
+    site.call("prepare", site.recipe, source, f"data.cache_dir={alone}", "cluster.setup=[]")
+    assert made_in(shared) == made_in(alone)
