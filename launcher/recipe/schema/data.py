@@ -176,6 +176,9 @@ def _mask(data: Data) -> Iterator[Problem]:
             if value != default:
                 expected = "the default with train_on = all, which trains every token"
                 yield Problem(f"data.{key}", value, expected, "Remove the key.", because=("data.train_on",))
+    if data.train_on == "last_assistant" and roles != ["assistant"]:
+        expected = "[assistant] with train_on = last_assistant"
+        yield Problem("data.train_roles", roles, expected, "Write train_on: assistant.", because=("data.train_on",))
     for name in data.placeholders:
         if not name.isidentifier():
             expected = "names as they stand between {{ and }}, of letters, digits and _"
