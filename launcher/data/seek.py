@@ -7,24 +7,25 @@ is all that a reader has to remember.
 from __future__ import annotations
 
 import bisect
-import csv
-import io
 import json
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar
 
-from launcher.data.sources import Listing, load, place, records
+import xxhash
+
+from launcher.data.remote import is_remote
+from launcher.data.remote import stamp as remote_stamp
+from launcher.data.sources import Listing, load, place, records, without_nulls
 from launcher.errors import UserError
 
-LINES, ROWS = (".jsonl", ".ndjson", ".txt"), (".parquet",)  # read from any place; the others are read whole
-WHOLE = (".json", ".csv", ".tsv")
+_LINES, _PARQUET = (".jsonl", ".ndjson", ".txt"), (".parquet",)  # read from any place; other files are copied first
 _CHUNK = 1 << 20  # bytes of lines, or ...
 _ROWS = 256  # ... rows, that one read gives at most
 _COUNTED = 1 << 30  # bytes up to which lines are counted to name one
-_GROUPS, _FILES, _LISTS = 4, 32, 4  # row groups, open files and files read whole that a rank keeps
+_GROUPS, _FILES, _TABLES = 4, 32, 32  # row groups, open files and tables that a rank keeps
 _T = TypeVar("_T")
 
 Found = list[tuple[int, Any]]  # (place, record)
@@ -74,44 +75,35 @@ class Kept:
 
 @dataclass(slots=True)
 class Shelf:
-    """What the files of a rank share: open handles and decoded tables, the newest few."""
+    """What the files of a rank share: open handles and decoded tables, the newest few.
 
+    scratch: folder for copies of files that cannot be read from any place
+    """
+
+    scratch: Path
     handles: Kept = field(default_factory=lambda: Kept(_FILES))
     groups: Kept = field(default_factory=lambda: Kept(_GROUPS))
-    lists: Kept = field(default_factory=lambda: Kept(_LISTS))
+    tables: Kept = field(default_factory=lambda: Kept(_TABLES))
 
 
 def open_files(listing: Listing, shelf: Shelf) -> list[File]:
-    """The files of a source, in order of name; opens none.
-
-    Raises:
-        UserError: one is of a kind that cannot be streamed.
-    """
+    """The files of a source, in order of name; those that cannot be read from any place are opened when needed."""
     if listing.kind == "saved":
-        return [_Saved(listing, shelf)]
-    return [_file(str(file), shelf) for file in listing.files]
+        return [_Table(listing, shelf)]
+    return [_file(replace(listing, files=(file,)), shelf) for file in listing.files]
 
 
-def _file(path: str, shelf: Shelf) -> File:
-    ending = Path(path).suffix
-    if ending in LINES:
+def _file(listing: Listing, shelf: Shelf) -> File:
+    path = str(listing.files[0])
+    suffix = PurePosixPath(path).suffix
+    if suffix in _LINES or (suffix == ".json" and _is_lines(path)):
         return _Lines(path, shelf)
-    if ending in ROWS:
-        return _Parquet(path, shelf)
-    if ending == ".json" and _is_lines(path):
-        return _Lines(path, shelf)
-    if ending in WHOLE:
-        return _List(path, shelf)
-    known = ", ".join((*LINES, *ROWS, *WHOLE))
-    raise UserError(
-        f"{path}: data.streaming cannot read '{ending}' files, expected {known}. Convert it, or set "
-        f"data.streaming=false."
-    )
+    return _Parquet(path, shelf) if suffix in _PARQUET else _Table(listing, shelf)
 
 
 def open_bytes(path: str) -> Any:
     """A file of this machine, or of any store that fsspec knows, for reading."""
-    if "://" not in path:
+    if not is_remote(path):
         return open(path, "rb", buffering=1 << 16)
     import fsspec
 
@@ -120,12 +112,20 @@ def open_bytes(path: str) -> Any:
 
 def size_of(path: str) -> int:
     """Bytes of a file, wherever it lies."""
-    if "://" not in path:
+    if not is_remote(path):
         return Path(path).stat().st_size
     import fsspec
 
     system, inside = fsspec.core.url_to_fs(path)
     return int(system.size(inside))
+
+
+def stamp(path: str) -> str:
+    """What changes when a file does."""
+    if is_remote(path):
+        return remote_stamp(path)
+    found = Path(path).stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 class _Lines:
@@ -167,8 +167,14 @@ class _Lines:
         try:
             text = line.decode("utf-8")
             record = {"text": text.removesuffix("\r")} if self._text else json.loads(text)
+            if not self._text and (b"\\ud" in line or b"\\uD" in line):
+                json.dumps(record, ensure_ascii=False).encode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.place(at)}: not UTF-8: {error}") from error
+            raise UserError(f"{self.place(at)}: not UTF-8: {error}. Save the file as UTF-8.") from error
+        except UnicodeEncodeError as error:
+            raise UserError(f"{self.place(at)}: holds one half of a \\ud... pair, which is no character.") from error
+        except RecursionError as error:
+            raise UserError(f"{self.place(at)}: nested too deeply to be read.") from error
         except ValueError as error:
             raise UserError(f"{self.place(at)}: not JSON: {error}") from error
         if not isinstance(record, dict):
@@ -207,7 +213,8 @@ class _Parquet:
             rows = table.slice(begin - starts[group], end - begin).to_pylist()
         except UnicodeDecodeError as error:
             raise UserError(f"{self.name}: rows {begin + 1} to {end}: not UTF-8: {error}") from error
-        return list(enumerate(rows, begin)), end
+        found = [{column: without_nulls(value) for column, value in row.items()} for row in rows]
+        return list(enumerate(found, begin)), end
 
     def place(self, at: int) -> str:
         return place(self.name, at)
@@ -233,56 +240,13 @@ class _Parquet:
             raise UserError(f"{self.name}: cannot be read as parquet: {error}") from error
 
 
-class _List:
-    """Places are rows of a file that has no seekable form: it is read whole into memory."""
-
-    in_bytes = False
-
-    def __init__(self, path: str, shelf: Shelf) -> None:
-        self.name, self._shelf = path, shelf
-
-    def extent(self) -> int:
-        return len(self._records())
-
-    def read(self, begin: int, end: int) -> tuple[Found, int]:
-        end = min(end, begin + _ROWS)
-        return list(enumerate(self._records()[begin:end], begin)), end
-
-    def place(self, at: int) -> str:
-        return place(self.name, at)
-
-    def _records(self) -> list[Any]:
-        return self._shelf.lists.get(self.name, self._parsed)
-
-    def _parsed(self) -> list[Any]:
-        with open_bytes(self.name) as file:
-            data = file.read()
-        tabular = Path(self.name).suffix != ".json"
-        try:
-            text = data.decode("utf-8-sig")
-            if not tabular:
-                whole = json.loads(text or "[]")
-                found = whole["data"] if isinstance(whole, dict) and isinstance(whole.get("data"), list) else whole
-            else:
-                separator = "\t" if Path(self.name).suffix == ".tsv" else ","
-                found = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
-        except (ValueError, csv.Error) as error:
-            raise UserError(f"{self.name}: cannot be read: {error}") from error
-        if not isinstance(found, list):
-            raise UserError(f"{self.name}: expected a list of records, or one under `data`.")
-        for row, record in enumerate(found):
-            if not isinstance(record, dict) or None in record or (tabular and None in record.values()):
-                raise UserError(f"{place(self.name, row)}: is not a record with the file's columns.")
-        return found
-
-
-class _Saved:
-    """Places are rows of a folder of `Dataset.save_to_disk`, which is mapped into memory."""
+class _Table:
+    """Places are rows of a table as `prepare` makes it; a file that has no seekable form is copied into one first."""
 
     in_bytes = False
 
     def __init__(self, listing: Listing, shelf: Shelf) -> None:
-        self.name, self._listing, self._shelf = listing.source.path, listing, shelf
+        (self.name,), self._listing, self._shelf = listing.names, listing, shelf
 
     def extent(self) -> int:
         return len(self._table())
@@ -295,7 +259,11 @@ class _Saved:
         return place(self.name, at)
 
     def _table(self) -> Any:
-        return self._shelf.lists.get(self.name, lambda: load(self._listing, Path())[0])
+        return self._shelf.tables.get(self.name, self._loaded)
+
+    def _loaded(self) -> Any:
+        made_of = [(str(file), stamp(str(file))) for file in self._listing.files]
+        return load(self._listing, self._shelf.scratch / xxhash.xxh3_64_hexdigest(repr(made_of).encode()))[0]
 
 
 def _is_lines(path: str) -> bool:

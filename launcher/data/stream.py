@@ -15,16 +15,18 @@ import xxhash
 from numpy.typing import NDArray
 
 from launcher.data.batches import MicroBatch, _lay
+from launcher.data.cache import cache_folder
 from launcher.data.chat import MaskRule
 from launcher.data.corpora import content_hash, tokenizer_of
 from launcher.data.formats import Format, Labelled, Pair, Skip, choose
 from launcher.data.lanes import COMPARED, WHOLE_FILE, Feed, Lane, LaneState, Rules, Streamed
 from launcher.data.names import source_names
-from launcher.data.seek import File, Found, Shelf, open_files, size_of
+from launcher.data.remote import Address, stamp
+from launcher.data.seek import File, Found, Shelf, open_files
 from launcher.data.sources import Listing, find
 from launcher.data.store import Document
 from launcher.data.tokenize import Encoder
-from launcher.data.tokenizer import load_tokenizer
+from launcher.data.tokenizer import load_tokenizer, missing_bytes
 from launcher.errors import UserError
 from launcher.recipe.schema import Recipe, Source
 
@@ -45,9 +47,11 @@ def look(recipe: Recipe, *, tokenizer: dict[str, Any], model_vocab_size: int | N
     """
     lanes, words = recipe.train.global_batch_size, load_tokenizer(tokenizer_of(recipe))
     encoder = _encoder(recipe, words)
-    limit = min(tokenizer["vocab_size"], model_vocab_size or tokenizer["vocab_size"])
+    missing = missing_bytes(words)
+    lacking = [f"the tokenizer has no token for {missing} of 256 bytes and drops them from texts"] if missing else []
+    limit = model_vocab_size or tokenizer["vocab_size"]
     entries: list[dict[str, Any]] = []
-    shelf = Shelf()
+    shelf = _shelf(recipe)
     for name, source in zip(source_names(recipe.data.train), recipe.data.train, strict=True):
         listing = listed(source)
         files = open_files(listing, shelf)
@@ -62,14 +66,15 @@ def look(recipe: Recipe, *, tokenizer: dict[str, Any], model_vocab_size: int | N
         said = f"{form.said}; streamed"
         entries.append({
             "name": name, "path": source.path, "format": form.name, "files": len(files), "block": _block(files, lanes),
-            "fingerprint": _fingerprint(listing), "formats": [f"{source.path}: {said}"], "warnings": form.warnings,
+            "fingerprint": _fingerprint(listing), "formats": [f"{source.path}: {said}"],
+            "warnings": [*form.warnings, *lacking],
         })  # fmt: skip
     shares = _shares(recipe)
     return {
         "streaming": True, "rows": None, "epoch_rows": None, "lanes": lanes, "vocab_size": limit,
         "fingerprint": content_hash([entry["fingerprint"] for entry in entries], shares),
         "formats": [line for entry in entries for line in entry.pop("formats")],
-        "warnings": [line for entry in entries for line in entry.pop("warnings")],
+        "warnings": [line for entry in entries for line in entry["warnings"]],
         "sources": [{**entry, "share": share} for entry, share in zip(entries, shares, strict=True)],
     }  # fmt: skip
 
@@ -88,7 +93,7 @@ class Lanes:
         self, recipe: Recipe, entry: Mapping[str, Any], *, rank: int, ranks: int,
         states: Mapping[int, Mapping[str, NDArray[Any]]] | None = None,
     ) -> None:  # fmt: skip
-        data, shelf = recipe.data, Shelf()
+        data, shelf = recipe.data, _shelf(recipe)
         self.names = [source["name"] for source in entry["sources"]]
         feeds = [
             _feed(source, known, shelf, recipe) for source, known in zip(data.train, entry["sources"], strict=True)
@@ -212,7 +217,11 @@ def _on_hub(source: Source) -> Listing:
         ) from error
     if not files:
         raise UserError(f"{source.path}: no files of split '{source.split or 'train'}' lie on the hub.")
-    return Listing(source, "files", tuple(files))
+    return Listing(source, "files", tuple(Address(file) for file in files))
+
+
+def _shelf(recipe: Recipe) -> Shelf:
+    return Shelf(cache_folder(recipe) / "streamed")
 
 
 def _encoder(recipe: Recipe, words: Any) -> Encoder:
@@ -275,7 +284,7 @@ def _fingerprint(listing: Listing) -> str:
     """Hash of the files' names and sizes: their content would take as long to read as to train on."""
     return content_hash(
         listing.kind, listing.source.split, listing.source.subset,
-        [(str(file).rpartition("/")[2], size_of(str(file))) for file in listing.files],
+        [(str(f).rpartition("/")[2], stamp(f) if isinstance(f, str) else f.stat().st_size) for f in listing.files],
     )  # fmt: skip
 
 

@@ -47,8 +47,9 @@ def jsonl(path: Path, found: list[Any]) -> Path:
     return path
 
 
-def feed(path: Path | str, *, share: float = 1.0, block: int = 200, name: str = "a") -> Feed:
-    return Feed(name, seek.open_files(find(Source(path=str(path))), seek.Shelf()), Plain(), share, block)  # type: ignore[arg-type]
+def feed(path: Path, *, share: float = 1.0, block: int = 200, name: str = "a") -> Feed:
+    files = seek.open_files(find(Source(path=str(path))), seek.Shelf(path.parent / "scratch"))
+    return Feed(name, files, Plain(), share, block)  # type: ignore[arg-type]
 
 
 def rules(**changes: Any) -> Rules:
