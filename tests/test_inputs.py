@@ -97,7 +97,7 @@ def looked_at(recipe: Recipe, found: Prepared) -> set[str]:
     shown = preview(recipe, found, rows=2)
     documents = [document for row in shown["rows"] for document in row["documents"]]
     assert any(token["trained"] for document in documents for token in document["tokens"])
-    assert page(shown, name="inputs").count("<article") == len(documents)
+    assert page(shown, name="inputs").count("<article ") == len(documents)
     counts = statistics(recipe, found)["train"]
     assert sum(counts["histogram"]["documents"]) >= counts["documents"] > 0
     return {document["side"] for document in documents}

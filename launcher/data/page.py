@@ -29,6 +29,7 @@ ul.said{list-style:none;padding:0 16px 14px;font-size:14px}.warn{color:var(--bad
 .bar i{display:block;background:hsl(var(--hue) 62% 52%);border-right:2px solid var(--card);min-width:2px}
 article{padding:10px 16px 14px;border-top:2px dashed var(--line);border-left:5px solid hsl(var(--hue) 62% 52%)}
 article:first-of-type{border-top:0}
+article.rejected,article.bad{--learn:214,69,56}
 article>header{display:flex;flex-wrap:wrap;gap:2px 12px;font-size:13px;margin-bottom:6px;align-items:baseline}
 .dot{display:inline-block;width:9px;height:9px;border-radius:50%;background:hsl(var(--hue) 62% 52%);margin-right:6px}
 .side{border:1px solid currentColor;border-radius:99px;padding:0 9px;font-weight:600}
@@ -130,7 +131,7 @@ def _document(document: dict[str, Any], hue: int, scale: float) -> str:
     trained = sum(token["trained"] for token in document["tokens"])
     body = "".join(_piece(piece, scale) for piece in pieces(document["tokens"]))
     return (
-        f'<article style="--hue:{hue}"><header><span><i class="dot"></i>{_file(document["source"])}</span>'
+        f'<article class="{side}" style="--hue:{hue}"><header><span><i class="dot"></i>{_file(document["source"])}</span>'
         f"<span>record {document['record']}</span>{label}"
         f'<span class="quiet">{_many(len(document["tokens"]), "token")}, {trained:,} trained</span></header>'
         f'<pre dir="auto">{body}</pre></article>'
