@@ -12,6 +12,7 @@ import struct
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -184,13 +185,19 @@ class Lane:
         self._buffer, self._waiting, self._rows = list(state.buffer), deque(state.waiting), list(state.rows)
 
     def row(self) -> tuple[Streamed, ...]:
-        """The documents of the next row, at most seq_len tokens.
+        """The documents of the next row, at most seq_len tokens; one of which nothing is trained is left out.
 
         Raises:
             UserError: a record cannot be read or learnt from; names file and record.
         """
         packers = {"best_fit": self._best_fit, "concat": self._concat, "none": lambda: (self._draw(),)}
-        return packers[self._rules.packing]()
+        while True:
+            row = packers[self._rules.packing]()
+            if any(np.any(document.weights[1:]) for document in row):
+                return row
+            for document in row:
+                name = partial(self._readers[document.source].place, document.file, document.at)
+                self._losses.count(self._losses.dropped, "no trained token in their row", name)
 
     def state(self) -> LaneState:
         """What the next row follows from; costs no copy of tokens."""
@@ -320,7 +327,7 @@ class _Reader:
 
     def _kept(self, read: _Read, group: Group | None) -> list[Streamed]:
         """What of a record goes into rows, as `overlong` says."""
-        rules, losses, name = self._rules, self._losses, lambda: self._place(read.file, read.at)
+        rules, losses, name = self._rules, self._losses, lambda: self.place(read.file, read.at)
         for note in (*read.notes, *(group.changed if group and not group.dropped else ())):
             losses.count(losses.changed, note, name)
         if group is None or group.dropped:
@@ -353,10 +360,10 @@ class _Reader:
         losses.count(losses.changed, reason, name)
         begins = range(0, 1 if rules.overlong == "truncate" else length, rules.seq_len)
         pieces = [document.cut(begin, begin + rules.seq_len) for begin in begins]
-        taught = [piece for piece in pieces if np.any(piece.weights[1:])]
-        for _ in range(len(pieces) - len(taught)):
+        if not any(np.any(piece.weights[1:]) for piece in pieces):
             losses.count(losses.dropped, f"no trained token left when {reason}", name)
-        return taught
+            return []
+        return pieces
 
     def _read_ahead(self) -> None:
         """Read and tokenise some records in one call."""
@@ -367,7 +374,7 @@ class _Reader:
             encoded = iter(list(self._tokenise(pairs)))
         except UserError as error:  # begins with the number of its pair; finding the place may take a while
             number, _, said = str(error).partition(": ")
-            raise UserError(f"{self._place(kept[int(number)].file, kept[int(number)].at)}: {said}") from error
+            raise UserError(f"{self.place(kept[int(number)].file, kept[int(number)].at)}: {said}") from error
         self._ahead.extend((read, next(encoded) if read.example is not None else None) for read in reads)
 
     def _walk(self, position: Position) -> Iterator[_Read]:
@@ -401,7 +408,7 @@ class _Reader:
         except Skip as skip:
             return _Read(after, file, at, None, str(skip), tuple(notes))
         except UserError as error:
-            raise UserError(f"{self._place(file, at)}: {error}") from error
+            raise UserError(f"{self.place(file, at)}: {error}") from error
 
     def _file(self, epoch: int, turn: int) -> int:
         """Files come in another order in every epoch."""
@@ -411,7 +418,8 @@ class _Reader:
         seed = _keyed(self._rules.seed, self._source) >> 1
         return int(permute(np.array([turn], np.int64), files, seed=seed, epoch=epoch)[0])
 
-    def _place(self, file: int, at: int) -> str:
+    def place(self, file: int, at: int) -> str:
+        """How messages name a record."""
         return self._feed.files[file].place(at)
 
 

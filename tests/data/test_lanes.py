@@ -217,6 +217,22 @@ def test_documents_longer_than_a_row_are_refused_dropped_cut_or_split_and_counte
         assert "line 21" in next(iter(lane.state().first.values()))
 
 
+def test_a_split_document_keeps_every_piece_and_rows_of_which_nothing_is_trained_are_left_out(tmp_path: Path) -> None:
+    source = feed(jsonl(tmp_path / "a.jsonl", [{"text": "Q" * 160 + "A" * 20}]))
+
+    def answers(pairs: Any) -> Iterator[Group]:
+        for group in tokenise(pairs):
+            ((ids, weights, side),) = group.documents
+            yield Group([(ids, weights * (ids == ord("A")), side)], 0)
+
+    lane = Lane(0, [source], rules(lanes=1, overlong="split", packing="none", buffer=1), answers)
+    assert take(lane, 2) == [["Q" * 32 + "A" * 20]] * 2
+    assert lane.state().dropped["no trained token in their row"] == 4
+    lane = Lane(0, [source], rules(lanes=1, overlong="split", seq_len=170, buffer=1), answers)
+    assert [len(text) for row in take(lane, 3) for text in row] == [170, 170, 170]
+    assert lane.state().dropped == {}
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
