@@ -28,6 +28,9 @@ def two(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return {"train": [{"path": "a.jsonl", **first}, {"path": "b.jsonl", **second}]}
 
 
+STREAM = {"streaming": True, "train": [{"path": "a.jsonl"}]}
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -38,7 +41,7 @@ def two(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         {"repack": 64},
         {"mix": {"by": "rows", "temperature": 3.0, "until": "last"}},
         {"eval": [{"path": "a.jsonl", "name": "same"}, {"path": "b.jsonl", "name": "same"}]},
-        {"streaming": True, "shuffle_buffer": 1, "packing": "concat", "overlong": "split"},
+        {**STREAM, "shuffle_buffer": 1, "packing": "concat", "overlong": "split"},
         {"eval_fraction": 0.1},
     ],
 )
@@ -70,11 +73,16 @@ def test_what_makes_sense_is_allowed(data):
         ({"repack": 2, "packing": "none"}, "data.repack = 2: expected 1 with packing = none"),
         ({"packing": "concat", "overlong": "drop"}, "data.overlong = drop: expected error or split with packing"),
         ({"shuffle_buffer": 0}, "data.shuffle_buffer = 0: expected 1 document or more"),
-        ({"streaming": True, "eval_fraction": 0.1}, "data.eval_fraction = 0.1: expected 0 with data.streaming"),
-        ({"streaming": True, "repack": 2}, "data.repack = 2: expected 1 with data.streaming"),
-        ({"streaming": True, "mix": {"until": "first"}}, "data.mix.until = first: expected total with data.streaming"),
-        ({"streaming": True, "mix": {"by": "rows"}}, "data.mix.by = rows: expected tokens or documents with data.s"),
-        ({"streaming": True, "steps": {"epochs": 1}}, "train.max_steps = null: expected a number of steps with data"),
+        ({**STREAM, "eval_fraction": 0.1}, "data.eval_fraction = 0.1: expected 0 with data.streaming"),
+        ({**STREAM, "repack": 2}, "data.repack = 2: expected 1 with data.streaming"),
+        ({**STREAM, "mix": {"until": "first"}}, "data.mix.until = first: expected total with data.streaming"),
+        (
+            {"streaming": True, **two({}, {})},
+            "data.train.0.weight = null: expected a weight on each source with data.streaming",
+        ),
+        ({"streaming": True, "train": [{"path": "a", "max_samples": 5}]}, "data.train.0.max_samples = 5: expected"),
+        ({**STREAM, "mix": {"by": "rows"}}, "data.mix.by = rows: expected tokens or documents with data.s"),
+        ({**STREAM, "steps": {"epochs": 1}}, "train.max_steps = null: expected a number of steps with data"),
     ],
 )  # fmt: skip
 def test_what_makes_none_is_refused_with_key_value_and_what_is_allowed(data, message):

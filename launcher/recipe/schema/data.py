@@ -221,3 +221,12 @@ def _stream(data: Data) -> Iterator[Problem]:
     if data.mix.by == "rows":
         expected = "tokens or documents with data.streaming, where rows hold several sources"
         yield Problem("data.mix.by", data.mix.by, expected, "Write tokens.", because=because)
+    if len(data.train) > 1 and all(source.weight is None for source in data.train):
+        expected = "a weight on each source with data.streaming, which does not know how large they are"
+        yield Problem("data.train.0.weight", None, expected, "Write e.g. weight: 1.", because=because)
+    for i, source in enumerate(data.train):
+        if source.max_samples is not None:
+            expected = "null with data.streaming, where nobody counts records"
+            yield Problem(
+                f"data.train.{i}.max_samples", source.max_samples, expected, "Remove the key.", because=because
+            )
