@@ -131,7 +131,7 @@ def make_tokenizer(folder: Path) -> None:
 
 @contextlib.contextmanager
 def group(limit: int) -> Iterator[Any]:
-    """(what a process calls to enter, its peak in bytes, how it was measured) of a control group, if there can be one."""
+    """(what a process calls to enter, its peak in bytes, how it was measured); the first is None without a group."""
     name = f"launcher-bench-{os.getpid()}"
     kinds = (
         ("v2", Path("/sys/fs/cgroup") / name, "memory.max", "memory.peak"),
