@@ -16,6 +16,7 @@ from launcher.run.ledger import Attempt, CheckpointRef, attempts, valid_checkpoi
 from launcher.run.state import State, read_state
 
 SUMMARY_VERSION = 1
+_SET = "eval_loss/"  # before the name of an evaluation set
 _TAIL_BYTES = 1 << 16  # some hundred lines of metrics
 _LONG_TAIL_BYTES = 1 << 22  # for attempts that were killed: read in some hundredths of a second
 
@@ -35,7 +36,7 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
     """Everything about where a run stands; reads the ends of files only, and waits for nothing."""
     known, state, checkpoints = attempts(run), read_state(run), valid_checkpoints(run)
     owner, alive = current_owner(run)
-    logged = _last_logged(run.metrics_file, [attempt for attempt in known if attempt.end_step is None])
+    logged, evaluated = _last_logged(run.metrics_file, [attempt for attempt in known if attempt.end_step is None])
     metrics = logged[max(logged)] if logged else {}
     record = read_json(run.run_file) or {}
     last = checkpoints[-1] if checkpoints else None
@@ -53,6 +54,7 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
         "failure": _failure(run, state),
         "loss": _finite(metrics.get("loss")),
         "loss_step": metrics.get("step"),
+        "evaluation": _evaluation(evaluated),
         "updated": state.time if state.time is not None else record.get("created"),
         "owner": {"host": owner.host, "pid": owner.pid, "alive": alive} if owner and not owner.released else None,
         "stop_requested": stop_reason(run),
@@ -124,20 +126,32 @@ def _failure(run: RunDirectory, state: State) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _last_logged(path: Path, silent: Sequence[Attempt]) -> dict[int, dict[str, Any]]:
-    """The last logged step of each attempt in sight, by attempt.
+def _evaluation(line: dict[str, Any] | None) -> dict[str, Any] | None:
+    if line is None:
+        return None
+    sets = {key.removeprefix(_SET): _finite(loss) for key, loss in line.items() if key.startswith(_SET)}
+    return {"step": line.get("step"), "loss": _finite(line["eval_loss"]), "sets": sets}
+
+
+def _last_logged(
+    path: Path, silent: Sequence[Attempt]
+) -> tuple[dict[int, dict[str, Any]], dict[str, Any] | None]:  # fmt: skip
+    """The last logged step of each attempt in sight, by attempt, and the last evaluation in sight.
 
     Args:
         silent: attempts without a last step in the ledger; for those before the newest the file is read further back
     """
     found: dict[int, dict[str, Any]] = {}
+    evaluation: dict[str, Any] | None = None
     for size in (_TAIL_BYTES, _LONG_TAIL_BYTES):
         for line in parse_lines(_tail(path, size)):
             if "loss" in line:
                 found[line.get("attempt") or 0] = line
+            elif "eval_loss" in line:
+                evaluation = line
         if all(attempt.number in found for attempt in silent):
             break
-    return found
+    return found, evaluation
 
 
 def _tail(path: Path, size: int) -> bytes:

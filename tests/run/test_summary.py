@@ -24,7 +24,7 @@ def test_summary_has_the_documented_keys_from_the_first_moment_on(tmp_path):
     summary = summarise(make_run(tmp_path))
     assert set(summary) == {
         "version", "run", "path", "run_id", "status", "step", "total_steps", "attempt", "attempts", "last_checkpoint",
-        "failure", "loss", "loss_step", "updated", "owner", "stop_requested", "verdict",
+        "failure", "loss", "loss_step", "evaluation", "updated", "owner", "stop_requested", "verdict",
     }  # fmt: skip
     assert (summary["run"], summary["status"], summary["attempt"], summary["attempts"]) == ("demo", "queued", 0, [])
     json.dumps(summary, allow_nan=False)
@@ -74,6 +74,16 @@ def test_loss_and_step_come_from_the_end_of_a_long_file_of_metrics(tmp_path):
             file.write('{"step": 3001, "lo')
         summary = summarise(run)
     assert (summary["loss"], summary["step"], summary["total_steps"]) == (0.0, 3000, 9000)
+
+
+def test_the_last_evaluation_tells_the_loss_of_each_set(tmp_path):
+    run = make_run(tmp_path)
+    assert summarise(run)["evaluation"] is None
+    for step in (0, 10):
+        log(run, step=step, eval_loss=3.0 - step / 10, **{"eval_loss/web": 2.5, "eval_loss/chat": None}, attempt=1)
+        log(run, step=step + 1, loss=1.0, attempt=1)
+    found = summarise(run)["evaluation"]
+    assert found == {"step": 10, "loss": 2.0, "sets": {"web": 2.5, "chat": None}}
 
 
 def test_line_that_a_stale_attempt_adds_late_is_not_the_loss(tmp_path):
