@@ -199,6 +199,7 @@ def _pack(recipe: Recipe, corpus: Corpus, folders: list[Path], path: Path, progr
                 first.setdefault(reason, place(files[file], record))
     if rows.empty:
         _refuse_nothing(recipe, corpus, lost["dropped"])
+    largest, largest_files = max(zip(manifests, names, strict=True), key=lambda found: found[0]["largest_id"])
     write_store(
         path,
         parts=[part for source in parts for part in source],
@@ -217,7 +218,8 @@ def _pack(recipe: Recipe, corpus: Corpus, folders: list[Path], path: Path, progr
             "warnings": [
                 f"{path}: {line}" for path, m in zip(corpus.paths, manifests, strict=True) for line in m["warnings"]
             ],
-            "largest_id": max(m["largest_id"] for m in manifests),
+            "largest_id": largest["largest_id"],
+            "largest_at": place(largest_files[largest["largest_at"][0]], largest["largest_at"][1]),
             "tokenizer": {**manifests[0]["tokenizer"], "name": tokenizer_of(recipe).name},
         },
     )  # fmt: skip

@@ -223,6 +223,8 @@ def read_entry(registry: Path, name: str | None) -> tuple[Entry, dict[str, Any]]
         what = f"has no entry '{name}'" if name else "is a registry of data sets"
         names = ", ".join(list(entries)[:12]) + (f" and {len(entries) - 12} more" if len(entries) > 12 else "")
         hint = f" {h}" if (h := nearest(name or "", entries)) else ""
+        if not entries:
+            raise UserError(f"{registry}: the registry has no entries.")
         raise UserError(f"{registry}: {what}; name one as {registry.name}#name: {names}.{hint}")
     raw, place = entries[name], f"{registry}#{name}"
     if not isinstance(raw, dict):

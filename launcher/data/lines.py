@@ -238,7 +238,6 @@ class _Window:
         self._file, self._name = f, name
         self._base, self._at = at, 0
         self._text = ""
-        self._size = os.fstat(f.fileno()).st_size
         self._decoder = json.JSONDecoder()
 
     def peek(self) -> str:
@@ -264,11 +263,11 @@ class _Window:
             try:
                 _, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                ends = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _CUT
-                if ends and self._more():
+                unended, ahead = error.msg.startswith("Unterminated string"), error.pos - self._at
+                if (unended or error.pos >= len(self._text) - _CUT) and self._more():
                     continue
-                self._at = min(error.pos, len(self._text))
-                cut = self._base + len(self._text) >= self._size and ends
+                self._at = min(self._at + ahead, len(self._text))
+                cut = unended or self._at >= len(self._text.rstrip())
                 raise self.broken(f"{error.msg}{'; the file ends in the middle' if cut else ''}") from error
             except RecursionError as error:
                 raise self.broken(_DEEP) from error

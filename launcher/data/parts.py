@@ -219,13 +219,14 @@ def _shards(tables: list[Any], folder: Path) -> list[Shard]:
 
 def _summed(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Counts of all shards; of what was dropped or changed also the first record, as [file, record]."""
-    documents, largest = 0, 0
+    documents, largest, largest_at = 0, -1, [0, 0]
     lost: dict[str, dict[str, Any]] = {"dropped": {}, "first_dropped": {}, "changed": {}, "first_changed": {}}
     for part in parts:
         documents += part["documents"]
-        largest = max(largest, part["largest_id"])
+        if part["largest_id"] > largest:
+            largest, largest_at = part["largest_id"], part["largest_at"]
         for what in ("dropped", "changed"):
             for reason, count in part.get(what, {}).items():
                 lost[what][reason] = lost[what].get(reason, 0) + count
                 lost[f"first_{what}"].setdefault(reason, part[f"first_{what}"][reason])
-    return {"documents": documents, "largest_id": largest, **lost}
+    return {"documents": documents, "largest_id": largest, "largest_at": largest_at, **lost}

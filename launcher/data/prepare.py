@@ -245,10 +245,11 @@ def _streaming(
 def _check_vocabulary(recipe: Recipe, manifest: dict[str, Any]) -> None:
     size, needed = _model_vocab_size(recipe), _needed_ids(manifest)
     if size is not None and needed > size:
+        where = f" ({manifest['largest_at']})" if needed == manifest["largest_id"] + 1 else ""
         raise UserError(
-            f"model.tokenizer = {manifest['tokenizer']['name']}: the data needs token ids up to {needed - 1}, but the "
-            f"model's vocab_size is {size}. Use the model's own tokenizer, or a model.config with vocab_size of at "
-            f"least {needed}."
+            f"model.tokenizer = {manifest['tokenizer']['name']}: the data needs token ids up to {needed - 1}{where}, "
+            f"but the model's vocab_size is {size}. Use the model's own tokenizer, or a model.config with vocab_size of "
+            f"at least {needed}."
         )
 
 

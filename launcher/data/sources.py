@@ -357,7 +357,9 @@ def _load_file(file: Path, scratch: Path, name: str) -> Any:
     except Exception as error:
         if full := full_disk(error):
             raise full from error
-        raise UserError(f"{name}: cannot be read as {kind}: {error.__cause__ or error}") from error
+        raise UserError(
+            f"{name}: cannot be read as {kind}: {error.__cause__ or error}. Make it again, or rename it to what it is."
+        ) from error
     return _undecoded(table)
 
 
@@ -450,7 +452,10 @@ def _csv_rows(file: Path, name: str) -> Iterator[list[str]]:
                 f"{name}: cannot be read as csv: not UTF-8 after line {line}: {error}. Save the file as UTF-8."
             ) from error
         except csv.Error as error:
-            raise UserError(f"{name}: cannot be read as csv: line {reader.line_num}: {error}") from error
+            raise UserError(
+                f"{name}: cannot be read as csv: line {reader.line_num}: {error}. A quote that is opened must be "
+                f"closed, and one inside a value is written twice."
+            ) from error
 
 
 def _check_header(header: list[str], name: str) -> None:

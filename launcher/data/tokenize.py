@@ -372,7 +372,7 @@ def tokenise_shard(context: ShardContext, shard: Shard) -> int:
     encoder = Encoder(context.tokenizer(), rule=context.rule, objective=context.objective, texts=context.texts())
     table, documents = context.tables[shard.file], Encoded()
     lost = {"dropped": _Reasons(shard.file), "changed": _Reasons(shard.file)}
-    largest = 0
+    largest: tuple[int, list[int]] = (0, [shard.file, shard.begin])
     for begin in range(shard.begin, shard.end, _BATCH):
         batch = records(table, begin, min(begin + _BATCH, shard.end), name)
         numbers, examples = [], []
@@ -393,12 +393,12 @@ def tokenise_shard(context: ShardContext, shard: Shard) -> int:
             for reason in group.changed:
                 lost["changed"].add(number, reason)
             for ids, weights, side in group.documents:
-                largest = max(largest, int(ids.max()))
+                largest = max(largest, (int(ids.max()), [shard.file, number]), key=lambda found: found[0])
                 documents.add(ids, weights, file=shard.file, record=number, side=side, hash=group.hash)
-    meta: dict[str, Any] = {"documents": len(documents.tokens), "largest_id": largest}
+    meta: dict[str, Any] = {"documents": len(documents.tokens), "largest_id": largest[0], "largest_at": largest[1]}
     for what, reasons in lost.items():
         meta |= {what: reasons.counts, f"first_{what}": reasons.first}
-    write_part(shard.path, documents, vocab_size=context.vocab_size(), meta=meta)
+    write_part(shard.path, documents, vocab_size=max(context.vocab_size(), largest[0] + 1), meta=meta)
     return len(documents.tokens)
 
 

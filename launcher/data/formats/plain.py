@@ -53,7 +53,9 @@ def read_tokens(form: Format, record: Mapping[str, Any]) -> Tokens:
     ids = _numbers(record, column)
     if ids.size == 0:
         raise Skip("empty")
-    if ids.dtype.kind != "i" or int(ids.min()) < 0 or int(ids.max()) > _LARGEST:
+    if ids.dtype.kind != "i":
+        raise UserError(f"column {column}: token ids are whole numbers, but some here are not.")
+    if int(ids.min()) < 0 or int(ids.max()) > _LARGEST:
         raise UserError(f"column {column}: token ids are whole numbers from 0, here from {ids.min()} to {ids.max()}.")
     weights = np.ones(len(ids), dtype=np.float32)
     if (labels := _beside(record, form.columns["labels"], column, ids)) is not None:

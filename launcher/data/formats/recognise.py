@@ -57,6 +57,7 @@ _OTHER_NAME = {"conversations": "messages"}  # what columns may also call ours
 _TAG_NAMES = (
     "role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag"
 )  # fmt: skip
+_AROUND = ("train", "records", "rows", "examples", "instances", "items")  # what wraps a list of records
 _JUDGED = ("sharegpt", "messages", "alpaca", "prompt_completion", "query_response")
 
 
@@ -399,6 +400,8 @@ def _hint(look: _Look) -> str:
     lists = [
         c for c in look.columns if isinstance(v := look.value(c), list) and v and isinstance(v[0], dict) and len(v[0])
     ]
+    if len(look.columns) == len(lists) == 1 and lists[0] in _AROUND:
+        return f"If column {lists[0]} holds the records, make the file that list alone, or call the column data."
     for column in lists:
         if look.style(column) in ("openai", "sharegpt"):
             return f"Column {column} holds messages: set columns: {{messages: {column}}}."

@@ -15,6 +15,7 @@ from launcher.data.formats.examples import Skip
 from launcher.data.formats.values import decoded, kind, shown
 from launcher.errors import UserError, nearest
 
+_USUAL = ("user", "assistant", "tool", "human", "gpt", "function_call", "observation", "developer", "model")
 CALL = "call"  # our name for a turn whose content is the JSON of tool calls; it becomes an assistant turn
 ROLES = {
     "system": "system", "developer": "developer",
@@ -96,7 +97,8 @@ class Reader:
 
     def _role(self, turn: dict[str, Any], place: str) -> str:
         given = turn.get(self.role)
-        names = ", ".join(self.roles)
+        known = dict.fromkeys(name for name in ("system", *_USUAL, *self.roles) if name in self.roles)
+        names = ", ".join(list(known)[:10]) + (" and others" if len(known) > 10 else "")
         if given is None:
             raise UserError(f"{place}: '{self.role}' is null or missing, expected one of {names}.")
         role = self.roles.get(given) if isinstance(given, str) else None
