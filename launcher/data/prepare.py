@@ -248,8 +248,8 @@ def _check_vocabulary(recipe: Recipe, manifest: dict[str, Any]) -> None:
         where = f" ({manifest['largest_at']})" if needed == manifest["largest_id"] + 1 else ""
         raise UserError(
             f"model.tokenizer = {manifest['tokenizer']['name']}: the data needs token ids up to {needed - 1}{where}, "
-            f"but the model's vocab_size is {size}. Use the model's own tokenizer, or a model.config with vocab_size of "
-            f"at least {needed}."
+            f"but the model's vocab_size is {size}. Use the model's own tokenizer, or a model.config with vocab_size "
+            f"of at least {needed}."
         )
 
 
