@@ -168,6 +168,40 @@ def test_l5_a_stream_goes_on_over_other_numbers_of_ranks_with_the_same_samples_i
     assert tokens[0] / tokens.sum() == pytest.approx(0.75, abs=0.05)
 
 
+def rank_that_waits(rank: int, world_size: int, path: str) -> list[str]:
+    """Rank 0 prepares a batch that rank 1 never comes to, and gives up; then both go, whatever waits."""
+    import threading
+    import time
+
+    from launcher.recipe.schema import from_dict
+    from launcher.trainer import objectives
+    from launcher.trainer.checkpoint.manager import CheckpointManager
+    from launcher.trainer.distributed import Ranks
+    from launcher.trainer.rows import Prefetch
+    from launcher.trainer.stream import open_stream
+
+    run = RunDirectory(path)
+    recipe, entry = from_dict(run.read_recipe()), run.read_json("data.json")["train"]
+    manager = CheckpointManager(run, attempt=1, rank=rank, world_size=2, meta={"run_id": "x"})
+    batches = open_stream(recipe, entry, manager, ranks=Ranks.from_environment(), first=0, last=9)
+    if rank == 1:
+        return []
+    rows = Prefetch(batches, objectives.get("sft"), backend="sdpa", device=make.CPU, first=0, last=9)
+    threading.Timer(0.3, lambda: rows.close(failed=True)).start()
+    began = time.monotonic()
+    try:
+        rows.take(0)
+    except Exception as error:
+        return [type(error).__name__, str(error), "soon" if time.monotonic() - began < 60 else "late"]
+    return []
+
+
+def test_a_rank_that_ends_does_not_wait_for_the_others_part_of_a_batch(tmp_path: Path) -> None:
+    run = streaming_run(tmp_path)
+    found, _ = run_ranks(rank_that_waits, 2, str(run.path))
+    assert found == ["ConnectionError", "this rank is ending", "soon"]
+
+
 def test_a_bad_record_on_one_rank_ends_all_with_its_file_and_line(tmp_path: Path) -> None:
     run = streaming_run(tmp_path)
     with open(tmp_path / "a.jsonl", "a") as file:
