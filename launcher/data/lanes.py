@@ -183,6 +183,7 @@ class Lane:
         ]
         self._taken, self._draws = list(state.taken), state.draws
         self._buffer, self._waiting, self._rows = list(state.buffer), deque(state.waiting), list(state.rows)
+        self._sizes = [sum(document.tokens.size for document in row) for row in self._rows]
 
     def row(self) -> tuple[Streamed, ...]:
         """The documents of the next row, at most seq_len tokens; one of which nothing is trained is left out.
@@ -211,20 +212,24 @@ class Lane:
         """Each document goes into the fullest open row that it fits; with no room left the fullest row is given."""
         while True:
             document = self._draw()
-            length, most = document.tokens.size, self._rules.seq_len
-            sizes = [sum(d.tokens.size for d in row) for row in self._rows]
-            fitting = [size for size in sizes if size + length <= most]
-            if fitting:
-                row = sizes.index(max(fitting))
+            length, most, sizes = document.tokens.size, self._rules.seq_len, self._sizes
+            fullest = max((size for size in sizes if size + length <= most), default=None)
+            if fullest is not None:
+                row = sizes.index(fullest)
                 self._rows[row] = (*self._rows[row], document)
-                if max(fitting) + length == most:
-                    return self._rows.pop(row)
-            elif len(self._rows) < OPEN_ROWS:
-                self._rows.append((document,))
-            else:
-                full = self._rows.pop(sizes.index(max(sizes)))
-                self._rows.append((document,))
+                sizes[row] += length
+                if sizes[row] == most:
+                    return self._given(row)
+                continue
+            full = self._given(sizes.index(max(sizes))) if len(sizes) == OPEN_ROWS else None
+            self._rows.append((document,))
+            sizes.append(length)
+            if full is not None:
                 return full
+
+    def _given(self, row: int) -> tuple[Streamed, ...]:
+        self._sizes.pop(row)
+        return self._rows.pop(row)
 
     def _concat(self) -> tuple[Streamed, ...]:
         """Documents end to end, cut where the row ends; the rest begins the next row."""
