@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -106,8 +108,8 @@ def deal(
         if not lockstep:
             dealt = _exchanged(dearest.reshape(-1, ranks), price).T
             return dealt.reshape(ranks, slots, micro_batch_size)
-        together = dearest.reshape(slots, micro_batch_size, ranks)
-        together = np.stack([np.take_along_axis(one, _level(price[one]), axis=1) for one in together]).swapaxes(1, 2)
+        ways = _of_like_cost(dearest, price, (slots, ranks, micro_batch_size))
+        together = min(ways, key=lambda way: price[way].sum(axis=-1).max(axis=1).sum())
         prices = price[together].sum(axis=-1)
     if not lockstep:
         chunks = np.append(np.argsort(-prices.ravel(), kind="stable"), -1)[:-1].reshape(slots, ranks)
@@ -128,6 +130,21 @@ def _of_like_length(
         together[slot][np.arange(micro_batch_size) < counts[:, None]] = longest[taken : taken + rows]
         taken += rows
     return together
+
+
+def _of_like_cost(
+    dearest: NDArray[np.int64], price: NDArray[np.float64], shape: tuple[int, int, int]
+) -> Iterator[NDArray[np.int64]]:
+    """[slots, ranks, micro_batch_size] rows, in one or two ways of which now one, now the other is better.
+
+    Rows of about equal cost in a slot, made level there; or micro-batches of about equal cost, the dearest in a slot.
+    """
+    slots, ranks, micro_batch_size = shape
+    layers = dearest.reshape(slots, micro_batch_size, ranks)
+    yield np.stack([np.take_along_axis(one, _level(price[one]), axis=1) for one in layers]).swapaxes(1, 2)
+    if micro_batch_size > 1:
+        micro = _exchanged(dearest.reshape(micro_batch_size, -1), price).T
+        yield micro[np.argsort(-price[micro].sum(axis=1), kind="stable")].reshape(shape)
 
 
 def _level(prices: NDArray[np.float64]) -> NDArray[np.int64]:
