@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from launcher.data.mix import Mix
 from launcher.data.order import USUAL_COST, deal
-from launcher.data.store import Store
+from launcher.data.store import Document, Store
 
 _T = TypeVar("_T", bound=np.generic)
 _MULTIPLE = 8  # row lengths that tensor cores like
@@ -137,7 +137,7 @@ class Batches:
             slots=-(-most // per_forward), cost=self._cost, lockstep=self._lockstep, by_length=self._by_length,
         )  # fmt: skip
         micro = [
-            _lay(mix, [units(i) if i >= 0 else None for i in chunk], pad_to=self._pad_to)
+            lay(mix, [units(i) if i >= 0 else None for i in chunk], pad_to=self._pad_to)
             for chunk in dealt[self._rank].tolist()
         ]
         of_sources = tuple(mix.tokens_of_sources(rows).tolist())
@@ -162,12 +162,30 @@ def eval_batches(
     for first in range(0, store.rows, per_forward):
         begin = first + rank * micro_batch_size
         rows = [row if row < store.rows else -1 for row in range(begin, begin + micro_batch_size)]
-        yield _lay(store, [(row, store.row_documents(row)) if row >= 0 else None for row in rows], pad_to=pad_to)
+        yield lay(store, [(row, store.row_documents(row)) if row >= 0 else None for row in rows], pad_to=pad_to)
 
 
-def _lay(store: Mix | Store, slots: list[_Unit | None], *, pad_to: int | None) -> MicroBatch:
-    """Documents into arrays; a slot of None becomes a row of padding, weight 0."""
-    loaded = [[store.document(int(d)) for d in slot[1]] if slot else [] for slot in slots]
+class Documents(Protocol):
+    """Where documents are read from by number: a store, a mix, or what else has them."""
+
+    @property
+    def isolate(self) -> bool:
+        """Whether documents of a row see nothing of one another."""
+        ...
+
+    def document(self, document: int, /) -> Document:
+        """One document."""
+        ...
+
+
+def lay(source: Documents, slots: Sequence[_Unit | None], *, pad_to: int | None) -> MicroBatch:
+    """Documents into arrays.
+
+    Args:
+        slots: (number of the row, numbers of its documents); None becomes a row of padding, weight 0.
+        pad_to: tokens of every row; None: the longest, rounded up to a multiple of 8.
+    """
+    loaded = [[source.document(int(d)) for d in slot[1]] if slot else [] for slot in slots]
     lengths = [[len(d.tokens) for d in documents] for documents in loaded]
     longest = max(sum(row) for row in lengths)
     width = pad_to if pad_to and pad_to >= longest else -(-max(longest, 1) // _MULTIPLE) * _MULTIPLE
@@ -177,7 +195,7 @@ def _lay(store: Mix | Store, slots: list[_Unit | None], *, pad_to: int | None) -
         if (filled := sum(sizes)) > 0:
             np.concatenate([d.tokens for d in documents], out=ids[row, :filled], casting="same_kind")
             np.concatenate([d.weights for d in documents], out=own[row, :filled])
-        segments += sizes if store.isolate else [filled] * (filled > 0)
+        segments += sizes if source.isolate else [filled] * (filled > 0)
         segments += [width - filled] * (filled < width)
     ends = np.cumsum(segments)
     return MicroBatch(

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from launcher.data.batches import MicroBatch, _lay
+from launcher.data.batches import MicroBatch, lay
 from launcher.data.cache import cache_folder
 from launcher.data.chat import MaskRule
 from launcher.data.corpora import content_hash, tokenizer_of
@@ -128,7 +128,7 @@ class Lanes:
 
     def _laid(self, slots: Sequence[tuple[int, tuple[Streamed, ...]] | None]) -> MicroBatch:
         pile = _Pile(self, self._isolate)
-        return _lay(pile, [(slot[0], pile.put(slot[1])) if slot else None for slot in slots], pad_to=None)  # type: ignore[arg-type]
+        return lay(pile, [(slot[0], pile.put(slot[1])) if slot else None for slot in slots], pad_to=None)
 
     def state(self) -> dict[int, LaneState]:
         """What the next rows follow from, by lane."""
