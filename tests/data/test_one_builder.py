@@ -106,7 +106,7 @@ def test_l8_a_waiter_takes_over_from_a_killed_builder_and_keeps_its_finished_sha
     after = shards(tmp_path / "cache")
     assert len(after) > len(before)
     assert before.items() <= after.items()
-    assert sorted(Store.open(result["train"]["store"]).manifest["parts"])[0].endswith("part-00000")
+    assert sorted(Store.open(result["train"]["sources"][0]["store"]).manifest["parts"])[0].endswith("part-00000")
     assert result["train"]["documents"] == 600
     assert not list((tmp_path / "cache").glob("tokens/.*"))
 
