@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.jobs.changes import PLACE, Change, changes, identity
-from launcher.jobs.preparation import total_steps
+from launcher.jobs.preparation import agrees, total_steps
 from launcher.plan import Plan
 from launcher.plan.batch import empty_slots
 from launcher.recipe.check import Rule, load
@@ -59,7 +59,7 @@ def open_run(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say:
     """
     found: list[Change] = []
     if run.exists():
-        _require_current_data(run, force=force)
+        _require_current_data(run, recipe, force=force)
         found = _go_on(run, recipe, plan, force=force, say=say)
     else:
         values = to_dict(recipe)
@@ -97,9 +97,9 @@ def _go_on(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say: S
     return found
 
 
-def _require_current_data(run: RunDirectory, *, force: bool) -> None:
-    """Raises UserError where another version of the launcher prepared the run's data and `force` is false."""
-    if run.data_file.exists() and not force and not reached_end(run):
+def _require_current_data(run: RunDirectory, recipe: Recipe, *, force: bool) -> None:
+    """Raises UserError where another version of the launcher prepared the data of a run that is to go on."""
+    if run.data_file.exists() and not force and not (reached_end(run) and agrees(run, recipe)):
         require_current(run, run.read_json("data.json"))
 
 

@@ -14,6 +14,7 @@ from launcher.recipe.schema import Adapter, Data, Model, Recipe, Source, Train, 
 from launcher.run.data import VERSION
 from launcher.run.directory import MARKER, RunDirectory
 from launcher.run.ledger import start_attempt
+from launcher.run.state import write_state
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
           "num_attention_heads": 1, "vocab_size": 32}  # fmt: skip
@@ -89,3 +90,16 @@ def test_ranks_that_do_not_divide_the_global_batch_are_said(run, ranks, said):
 def test_a_change_of_place_is_refused_because_the_directory_is_the_place(run, change):
     with pytest.raises(UserError, match=r"place is its directory.*move the directory"):
         stored_recipe(run, [change])
+
+
+def test_a_run_whose_data_another_version_prepared_is_refused_in_words_unless_it_is_forced_or_finished(run):
+    old = {"version": 1, "train": {"rows": 10}, "global_batch_size": 4, "total_steps": 9, "total_rows": None}
+    run.data_file.write_text(json.dumps(old))
+    before = run.recipe_file.read_bytes()
+    with pytest.raises(UserError, match=r"data.json: version 1, expected 2: .* Finish the run with that version"):
+        go_on(run, recipe(max_steps=12), force=False)
+    assert run.recipe_file.read_bytes() == before
+    write_state(run, "finished", attempt=1, step=9)
+    assert go_on(run, recipe(), force=False) == []
+    assert go_on(run, recipe(max_steps=12), force=True) == ["train.max_steps"]
+    assert not run.data_file.exists()
