@@ -87,7 +87,7 @@ def _holds(text: str, words: str) -> bool:
 def other_call(call: Any, name: str, arguments: Any) -> Any:
     """A tool call with another name and, where it has some, other arguments."""
     function = call["function"]
-    return {**call, "function": {**function, "name": name, "arguments": arguments if function["arguments"] else {}}}
+    return {**call, "function": {**function, "name": name, "arguments": arguments if function.get("arguments") else {}}}
 
 
 def _renamed(tool: Any, name: str) -> Any:

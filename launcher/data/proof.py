@@ -67,6 +67,24 @@ class Conversation:
                 raise UserError(f"{where}{error}") from error
         return self._rendered[key]
 
+    def stretch(self, index: int, count: int | None = None, *, generation: bool = False) -> tuple[int, int] | None:
+        """The one stretch of a `text` that changes with the words of turn `index`, and holds them as they stand."""
+        text = self.text(count, generation=generation)
+        changed = self.text(count, generation=generation, changed=index)
+        begin = _common(text, changed)
+        after = _common(text[begin:][::-1], changed[begin:][::-1])
+        end, words, message = len(text) - after, changed[begin : len(changed) - after], self.messages[index]
+        if not (words.startswith(_FROM) and _TO in words):
+            return None
+        if message.get("tool_calls") or message.get("reasoning_content") or THOUGHT.match(message["content"]):
+            return begin, end
+        whole = words.endswith(_TO) and words.count(_FROM) == 1 and text[begin:end] in message["content"]
+        return (begin, end) if whole else None
+
+    def toolless(self, count: int) -> Conversation:
+        """The first `count` turns without tools."""
+        return type(self)(self.messages[:count], None, self.template)
+
 
 def prove(conversation: Conversation, wanted: Sequence[int], *, bodies: bool) -> Located:
     """Where the `wanted` turns of a conversation lie in its text.
@@ -107,10 +125,9 @@ def _written_among_others(conversation: Conversation, text: str, index: int, sto
     """As `_written`, where the template writes earlier turns, or this one, otherwise once later turns follow."""
     turn = index + 1
     before, through = conversation.text(index, generation=True), conversation.text(turn)
-    words = _stretch(text, conversation.text(changed=index), conversation.messages[index], turn)
-    asker = conversation.messages[index - 1]
-    after_asker = _stretch(text, conversation.text(changed=index - 1), asker, index)[1]
-    asked = before[_stretch(before, conversation.text(index, generation=True, changed=index - 1), asker, index)[1] :]
+    words = _stretch(conversation, index)
+    after_asker = _stretch(conversation, index - 1)[1]
+    asked = before[_stretch(conversation, index - 1, index, generation=True)[1] :]
     begin = after_asker + len(asked)
     if not text.startswith(asked, after_asker) or begin > words[0]:
         raise UserError(
@@ -118,8 +135,7 @@ def _written_among_others(conversation: Conversation, text: str, index: int, sto
             f"{_short(asked)} and writes {_short(text[after_asker : words[0]])}), so the model would learn to begin as "
             f"it is never asked to. Use another data.chat_template."
         )
-    alone = _stretch(through, conversation.text(turn, changed=index), conversation.messages[index], turn)
-    tail = through[alone[1] :].rstrip()
+    tail = through[_stretch(conversation, index, turn)[1] :].rstrip()
     if not text.startswith(tail, words[1]):
         raise UserError(
             f"turn {turn}: the chat template ends the turn otherwise once later turns follow ({_short(tail)}, then "
@@ -133,10 +149,9 @@ def _given(conversation: Conversation, text: str, index: int) -> Place:
     """A turn of another role: its words, and what the template writes after them when nothing follows."""
     turn, message = index + 1, conversation.messages[index]
     fix = f"Remove {message['role']} from data.train_roles."
-    begin, body = _stretch(text, conversation.text(changed=index), message, turn, fix)
-    toolless = Conversation(conversation.messages[:turn], None, conversation.template)  # they may follow the words
-    alone = toolless.text()
-    tail = alone[_stretch(alone, toolless.text(changed=index), message, turn, fix)[1] :].rstrip()
+    begin, body = _stretch(conversation, index, fix=fix)
+    alone = conversation.toolless(turn)  # tools may follow the words
+    tail = alone.text()[_stretch(alone, index, fix=fix)[1] :].rstrip()
     if not text.startswith(tail, body):
         raise UserError(
             f"turn {turn}: the chat template ends the {message['role']} turn otherwise once later turns or tools "
@@ -174,20 +189,16 @@ def _stop(conversation: Conversation, index: int) -> str:
     return str(conversation.template.remembered(("stop", roles, bool(conversation.tools)), find))
 
 
-def _stretch(text: str, changed: str, message: Message, turn: int, fix: str = _OTHER) -> tuple[int, int]:
-    """The one stretch of `text` that changes with a turn's words, proven to hold them as they stand."""
-    begin = _common(text, changed)
-    after = _common(text[begin:][::-1], changed[begin:][::-1])
-    end, words = len(text) - after, changed[begin : len(changed) - after]
-    simple = not (message.get("tool_calls") or message.get("reasoning_content") or THOUGHT.match(message["content"]))
-    if words.startswith(_FROM) and _TO in words:
-        found = text[begin:end]
-        if not simple or (words.endswith(_TO) and words.count(_FROM) == 1 and found in message["content"]):
-            return begin, end
-    raise UserError(
-        f"turn {turn}: its words do not make exactly one stretch of the text that the chat template writes, as they "
-        f"stand, so which tokens are trained cannot be proven. {fix}"
-    )
+def _stretch(
+    conversation: Conversation, index: int, count: int | None = None, *, generation: bool = False, fix: str = _OTHER
+) -> tuple[int, int]:
+    found = conversation.stretch(index, count, generation=generation)
+    if found is None:
+        raise UserError(
+            f"turn {index + 1}: its words do not make exactly one stretch of the text that the chat template writes, "
+            f"as they stand, so which tokens are trained cannot be proven. {fix}"
+        )
+    return found
 
 
 def _alternative(message: Message) -> dict[str, Any]:

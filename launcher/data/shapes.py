@@ -32,10 +32,10 @@ _FIELD = re.compile(
     "|".join(
         [
             # words; a quote in them shows whether they are written as JSON
-            f'(?P<left>{_PAD}?){_OPEN}(?P<turn>\\d+)(?P<kind>[cr])(?P<json>\\\\?)"{_CLOSE}(?P<right>{_PAD}?)',
-            f"{_OPEN}(?P<named>\\d+)n{_CLOSE}",
-            f"{_OPEN}(?P<caller>\\d+)f(?P<called>\\d+){_CLOSE}",
-            f'{{"{_OPEN}(?P<giver>\\d+)a(?P<given>\\d+){_CLOSE}": 0}}',
+            f'(?P<left>{_PAD}?){_OPEN}(?P<turn>\\d+)_(?P<kind>[cr])(?P<json>\\\\?)"{_CLOSE}(?P<right>{_PAD}?)',
+            f"{_OPEN}(?P<named>\\d+)_n{_CLOSE}",
+            f"{_OPEN}(?P<caller>\\d+)_f(?P<called>\\d+){_CLOSE}",
+            f'{{"{_OPEN}(?P<giver>\\d+)_a(?P<given>\\d+){_CLOSE}": 0}}',
             "Zq(?P<owner>\\d{4})(?P<number>\\d\\d)Z",  # ids have nine letters or digits where a template is strict
             *(
                 f"{re.escape(_dumps(_TOOLS[0], n))}(?P<tools{n or 0}>[^{_OPEN}]*){re.escape(_dumps(_TOOLS[1], n))}"
@@ -98,7 +98,7 @@ class _Field:
         if self.key == "name":
             return str(message["name"])
         function = message["tool_calls"][self.number]["function"]
-        return _dumps(function["arguments"]) if self.key == "arguments" else str(function["name"])
+        return _dumps(function.get("arguments") or {}) if self.key == "arguments" else str(function["name"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def _outline(message: Message) -> tuple[Any, ...] | None:
                 return None
             seen += [key] if value else []
         elif key == "tool_calls":
-            seen += [(bool(call["function"]["arguments"]), "id" in call) for call in value or ()]
+            seen += [(bool(call["function"].get("arguments")), "id" in call) for call in value or ()]
         elif key in ("name", "tool_call_id"):
             seen += [key] if value else []
         elif key not in ("role", "train", "weight"):
@@ -164,7 +164,7 @@ def _outline(message: Message) -> tuple[Any, ...] | None:
 
 def _proven(conversation: Conversation, wanted: tuple[int, ...], bodies: bool) -> _Shape | None:
     shown = [_stand_ins(message, turn) for turn, message in enumerate(conversation.messages)]
-    stand_in = Conversation(shown, _TOOLS if conversation.tools else None, conversation.template)
+    stand_in = _StandIns(shown, _TOOLS if conversation.tools else None, conversation.template)
     located = prove(stand_in, wanted, bodies=bodies)
     text = located.text
     found = list(_FIELD.finditer(text))
@@ -183,13 +183,25 @@ def _proven(conversation: Conversation, wanted: tuple[int, ...], bodies: bool) -
     return _Shape([text[begin:end] for begin, end in gaps], fields, places, located.notes)
 
 
+class _StandIns(Conversation):
+    """A conversation whose words are known by sight, so that no alternative has to be rendered to find them."""
+
+    def stretch(self, index: int, count: int | None = None, *, generation: bool = False) -> tuple[int, int] | None:
+        text, mark = self.text(count, generation=generation), f"{_OPEN}{index}_"
+        begin, last = text.find(mark), text.rfind(mark)
+        if begin < 0 or any(text.count(f"{mark}{key[0]}") > 1 for key in WORDS):
+            return None
+        end = text.index(_CLOSE, last) + 1
+        return begin - text[:begin].endswith(_PAD), end + text.startswith(_PAD, end)
+
+
 def _stand_ins(message: Message, turn: int) -> dict[str, Any]:
     shown = dict(message)
     for key in WORDS:
         if message.get(key):
-            shown[key] = f'{_PAD}{_OPEN}{turn}{key[0]}"{_CLOSE}{_PAD}'
+            shown[key] = f'{_PAD}{_OPEN}{turn}_{key[0]}"{_CLOSE}{_PAD}'
     if message.get("name"):
-        shown["name"] = f"{_OPEN}{turn}n{_CLOSE}"
+        shown["name"] = f"{_OPEN}{turn}_n{_CLOSE}"
     if message.get("tool_call_id"):
         shown["tool_call_id"] = f"Zq{turn:04}99Z"
     if calls := message.get("tool_calls"):
@@ -198,7 +210,7 @@ def _stand_ins(message: Message, turn: int) -> dict[str, Any]:
 
 
 def _stand_in_call(call: Any, turn: int, number: int) -> Any:
-    changed = other_call(call, f"{_OPEN}{turn}f{number}{_CLOSE}", {f"{_OPEN}{turn}a{number}{_CLOSE}": 0})
+    changed = other_call(call, f"{_OPEN}{turn}_f{number}{_CLOSE}", {f"{_OPEN}{turn}_a{number}{_CLOSE}": 0})
     return {**changed, "id": f"Zq{turn:04}{number:02}Z"} if "id" in call else changed
 
 

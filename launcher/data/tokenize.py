@@ -133,6 +133,8 @@ class Encoder:
             for text in texts:
                 if token := self._cutter.special_in(text):
                     raise Skip(f"the special token {token} inside of a message")
+        if chat.tools and (token := self._cutter.special_in(json.dumps(chat.tools, ensure_ascii=False))):
+            raise Skip(f"the special token {token} inside of the tools")
 
     def _fill(self, jobs: Sequence[_Job]) -> None:
         """Encode the jobs' texts, and find the tokens at the borders of trained turns."""
@@ -329,7 +331,7 @@ class ShardContext:
     objective: str
     verdict: Verdict | None = None
     _tokenizer: Any = field(default=None)
-    _texts: TextEncoder | None = field(default=None)
+    _encoder: Encoder | None = field(default=None)
     _vocab_size: int = field(default=0)
 
     def tokenizer(self) -> Any:
@@ -338,11 +340,12 @@ class ShardContext:
             self._tokenizer = load_tokenizer(self.spec)
         return self._tokenizer
 
-    def texts(self) -> TextEncoder:
-        """Made on first use, once a process."""
-        if self._texts is None:
-            self._texts = TextEncoder(self.tokenizer(), self.verdict)
-        return self._texts
+    def encoder(self) -> Encoder:
+        """Made on first use, once a process: it remembers what it proved about the chat template."""
+        if self._encoder is None:
+            texts = TextEncoder(self.tokenizer(), self.verdict)
+            self._encoder = Encoder(self.tokenizer(), rule=self.rule, objective=self.objective, texts=texts)
+        return self._encoder
 
     def vocab_size(self) -> int:
         """Largest id + 1; counted once a process."""
@@ -359,7 +362,7 @@ class ShardContext:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.spec, self.form, self.tables, self.names, self.rule, self.objective, self.verdict = state
-        self._tokenizer, self._texts, self._vocab_size = None, None, 0
+        self._tokenizer, self._encoder, self._vocab_size = None, None, 0
 
 
 def tokenise_shard(context: ShardContext, shard: Shard) -> int:
@@ -369,7 +372,7 @@ def tokenise_shard(context: ShardContext, shard: Shard) -> int:
         UserError: a record that cannot be read or whose mask cannot be proven; names file and record.
     """
     name = context.names[shard.file]
-    encoder = Encoder(context.tokenizer(), rule=context.rule, objective=context.objective, texts=context.texts())
+    encoder = context.encoder()
     table, documents = context.tables[shard.file], Encoded()
     lost = {"dropped": _Reasons(shard.file), "changed": _Reasons(shard.file)}
     largest: tuple[int, list[int]] = (0, [shard.file, shard.begin])
