@@ -18,7 +18,7 @@ from launcher.data.lock import build_lock
 from launcher.data.sources import Listing, load, records
 from launcher.data.store import VERSION, sync_folder
 from launcher.data.tokenize import Shard, ShardContext, tokenise_shard
-from launcher.data.tokenizer import TokenizerSpec, describe_tokenizer, missing_bytes, replaces_template
+from launcher.data.tokenizer import TokenizerSpec, describe_tokenizer, missing_bytes, replaces_template, unknown_marks
 from launcher.data.workers import map_unordered
 from launcher.errors import UserError
 
@@ -133,6 +133,11 @@ def _open(job: TokensJob, folder: Path, cache: Path, progress: Progress) -> _Ope
     warnings = list(form.warnings)
     if missing := missing_bytes(context.tokenizer()):
         warnings.append(f"the tokenizer has no token for {missing} of 256 bytes and drops them from texts")
+    if form.conversational and (marks := unknown_marks(context.tokenizer())):
+        warnings.append(
+            f"the chat template holds {', '.join(marks)}, which the tokenizer has not as special tokens: what it "
+            f"writes of them is learnt as plain text"
+        )
     said = form.said
     if replaces_template(job.spec):
         said += "; data.chat_template replaces the tokenizer's own"

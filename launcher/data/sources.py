@@ -449,13 +449,24 @@ def _csv_rows(file: Path, name: str) -> Iterator[list[str]]:
                 yield cells
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{name}: cannot be read as csv: not UTF-8 after line {line}: {error}. Save the file as UTF-8."
+                f"{name}: cannot be read as csv: line {_odd_line(file)}: not UTF-8: {error}. Save the file as UTF-8."
             ) from error
         except csv.Error as error:
             raise UserError(
                 f"{name}: cannot be read as csv: line {reader.line_num}: {error}. A quote that is opened must be "
                 f"closed, and one inside a value is written twice."
             ) from error
+
+
+def _odd_line(file: Path) -> int:
+    """Number of the first line that is not UTF-8, from 1; 0 for none."""
+    with open(file, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 0
 
 
 def _check_header(header: list[str], name: str) -> None:

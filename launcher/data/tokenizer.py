@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ _TOKENIZER_FILES = (
     "*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*", "*.py",
     "config.json",
 )  # fmt: skip
+_MARK = re.compile(r"<\|\w+\|>")
 _FAST_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # one class, under its old and its new name
 _EOS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[EOS]", "[SEP]")
 _PAD = ("<pad>", "<|pad|>", "[PAD]", "<|endoftext|>")
@@ -152,6 +154,12 @@ def describe_tokenizer(spec: TokenizerSpec, tokenizer: Any) -> dict[str, Any]:
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+def unknown_marks(tokenizer: Any) -> list[str]:
+    """Marks, as <|turn|>, that the chat template holds and the tokenizer reads as plain text."""
+    text = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    return sorted(set(_MARK.findall(text)) - tokenizer.get_added_vocab().keys())
 
 
 def missing_bytes(tokenizer: Any) -> int:
