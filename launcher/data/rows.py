@@ -256,11 +256,12 @@ def _refuse(long: Index, lengths: NDArray[Any], seq_len: int, names: list[str]) 
         for file, record, length in zip(long.file[:5], long.record[:5], lengths[:5], strict=True)
     ]
     more = [f"  and {lengths.size - 5} more"] if lengths.size > 5 else []
+    ways = "drop or truncate" if np.any(long.side != Side.plain) else "drop, truncate or split"
     raise UserError(
         "\n".join(
             [
                 f"data.seq_len = {seq_len}: {lengths.size} records are longer, the longest has "
-                f"{int(lengths.max())} tokens. Raise data.seq_len, or set data.overlong to drop, truncate or split.",
+                f"{int(lengths.max())} tokens. Raise data.seq_len, or set data.overlong to {ways}.",
                 *shown,
                 *more,
             ]
