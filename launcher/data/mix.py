@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.data.order import batch_positions, permute
-from launcher.data.store import Document, Store
+from launcher.data.store import Document, Store, gather
 
 _EXACT = 2**31  # products of two numbers below it fit int64; beyond, Python's own integers count
 
@@ -220,12 +220,12 @@ class _Column:
 
     def __getitem__(self, index: NDArray[np.int64]) -> Any:
         if len(self._parts) == 1:
-            return self._parts[0][index]
+            return gather(self._parts[0], index)
         part = _part(self._first, index)
         values = np.empty(index.shape, dtype=self._parts[0].dtype)
         for number in np.unique(part).tolist():
             here = part == number
-            values[here] = self._parts[number][index[here] - self._first[number]]
+            values[here] = gather(self._parts[number], index[here] - self._first[number])
         return values
 
 

@@ -26,6 +26,7 @@ VERSION = 2
 _PART_ARRAYS = (
     "tokens", "weights", "offsets", "file", "record", "trained", "weight", "first", "side", "hash",
 )  # fmt: skip
+_MAPPED_BYTES = 8 << 20  # a column so small is read through its memory map wherever it is asked for
 _ROW_ARRAYS = ("row_offsets", "row_documents", "row_tokens", "row_cost", "row_weight")
 
 
@@ -391,6 +392,19 @@ class Store:
 def open_part(folder: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a part, as `write_part` laid them."""
     return {name: _open(folder / f"{name}.npy") for name in _PART_ARRAYS}
+
+
+def gather(values: NDArray[Any], index: NDArray[np.int64]) -> NDArray[Any]:
+    """Some values of a column of a store, wherever they lie in it.
+
+    From a large file each is read by itself: through a memory map, Linux would bring 16 pages into memory for it.
+    """
+    if not isinstance(values, np.memmap) or values.nbytes <= _MAPPED_BYTES:
+        return np.asarray(values[index])
+    size, first = values.itemsize, values.offset
+    with open(str(values.filename), "rb", buffering=0) as f:
+        read = [os.pread(f.fileno(), size, first + at) for at in (index * size).tolist()]
+    return np.frombuffer(b"".join(read), dtype=values.dtype)
 
 
 def _open(path: Path) -> NDArray[Any]:
