@@ -339,14 +339,14 @@ def _load_hub(source: Source) -> Any:
 
 
 def _load_file(file: Path, scratch: Path, name: str) -> Any:
-    import datasets
-
     from launcher.data.lines import Lines
 
-    datasets.disable_progress_bars()
     kind = _KINDS[file.suffix]
     if kind in ("json", "text"):
         return Lines.open(file, scratch, plain=kind == "text", name=name)
+    import datasets  # it takes seconds to import, and JSON needs it not
+
+    datasets.disable_progress_bars()
     if file.stat().st_size == 0:
         return datasets.Dataset.from_dict({})
     if kind == "csv":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from launcher.data.formats import answers, chats, plain
@@ -81,8 +82,7 @@ class Format:
     @property
     def reader(self) -> Reader:
         """How its messages are read."""
-        role, content = ("from", "value") if self.style == "sharegpt" else ("role", "content")
-        return Reader.of(self.tags, role=role, content=content)
+        return _reader(self.style, tuple(sorted(self.tags.items())))
 
     def either_reader(self, turns: list[Any]) -> Reader:
         """How an answer's turns are read, which may be written in the other style than the prompt's."""
@@ -122,6 +122,12 @@ class Format:
                     f"answers. Put such records into a source of their own, or set format to read them all as "
                     f"{self.name}."
                 )
+
+
+@cache
+def _reader(style: str, tags: tuple[tuple[str, str], ...]) -> Reader:
+    role, content = ("from", "value") if style == "sharegpt" else ("role", "content")
+    return Reader.of(dict(tags), role=role, content=content)
 
 
 _READERS: dict[str, Callable[[Format, Mapping[str, Any]], Example]] = {

@@ -33,7 +33,9 @@ TAGS = {
 _TRAIN = ("train", "training", "loss")  # ours, Axolotl's usual one, ms-swift's
 _WEIGHT = ("weight", "loss_weight", "loss_scale", "loss")  # ours and OpenAI's, LLaMA-Factory v1's, ms-swift's
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_REFUSED = ("images", "image", "videos", "video", "audios", "audio", "train_detail", "training_detail")
+_REFUSED = frozenset(
+    {"images", "image", "videos", "video", "audios", "audio", "train_detail", "training_detail"}
+)  # fmt: skip
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("reasoning", "thinking")
 
@@ -73,12 +75,15 @@ class Reader:
         if not isinstance(turn, dict):
             raise UserError(f"{place}: is {kind(turn)}, expected a message with '{self.role}' and '{self.content}'.")
         role = self._role(turn, place)
-        for key in _REFUSED:
-            if turn.get(key) not in (None, [], "", {}):
+        for key in _REFUSED & turn.keys():
+            if turn[key] not in (None, [], "", {}):
                 raise UserError(f"{place}: '{key}' is not supported; this trains on text. Leave such records out.")
+        content = turn.get(self.content)
+        if len(turn) == 2 and role != CALL and isinstance(content, str):
+            return [{"role": role, "content": content}]
         message: dict[str, Any] = {"role": "assistant" if role == CALL else role, "content": ""}
         _keep_training(turn, message, place)
-        content, results = turn.get(self.content), []
+        results: list[dict[str, Any]] = []
         if role == CALL:
             message["tool_calls"] = _calls(content, place)
         elif isinstance(content, list) and role != "tool":
@@ -97,17 +102,17 @@ class Reader:
 
     def _role(self, turn: dict[str, Any], place: str) -> str:
         given = turn.get(self.role)
+        role = self.roles.get(given) if isinstance(given, str) else None
+        if role is not None:
+            return role
         known = dict.fromkeys(name for name in ("system", *_USUAL, *self.roles) if name in self.roles)
         names = ", ".join(list(known)[:10]) + (" and others" if len(known) > 10 else "")
         if given is None:
             raise UserError(f"{place}: '{self.role}' is null or missing, expected one of {names}.")
-        role = self.roles.get(given) if isinstance(given, str) else None
-        if role is None:
-            raise UserError(
-                f"{place}: unknown role {shown(given)}, expected {names}. {nearest(str(given), self.roles)} "
-                f"Or name it with tags, as tags: {{user_tag: {given}}}."
-            )
-        return role
+        raise UserError(
+            f"{place}: unknown role {shown(given)}, expected {names}. {nearest(str(given), self.roles)} "
+            f"Or name it with tags, as tags: {{user_tag: {given}}}."
+        )
 
     def _words(self, content: Any, turn: Mapping[str, Any], role: str, place: str) -> str:
         if isinstance(content, str):
