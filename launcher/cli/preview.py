@@ -29,6 +29,8 @@ def command(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, h
     from launcher.jobs.environment import require_train_extra
     from launcher.recipe.check import load
 
+    if as_json and html is not None:
+        raise UserError("--json prints, --html writes a page: give one of the two.")
     loaded = load(recipe, overrides).recipe
     require_train_extra()
     from launcher.data.prepare import prepare

@@ -98,6 +98,8 @@ def test_preview_html_writes_a_page_and_prints_the_counts(recipe, tmp_path):
     assert "rows of 20 documents" in result.stdout
     with pytest.raises(UserError, match=r"--html no/rows\.html: cannot be written: No such file"):
         call(preview_verb.command, recipe, "--html", "no/rows.html")
+    with pytest.raises(UserError, match="give one of the two"):
+        call(preview_verb.command, recipe, "--html", "rows.html", "--json")
 
 
 def test_data_stats_counts_and_draws(recipe, tmp_path):
