@@ -62,7 +62,7 @@ def corpora(recipe: Recipe, *, check_tokenizer: CheckTokenizer) -> list[Corpus]:
     Raises:
         UserError: a source or the tokenizer is not there.
     """
-    encoding = _encoding(recipe)
+    encoding = encoding_of(recipe)
     data = recipe.data
     streamed = data.streaming  # nothing of it is prepared
     train = [] if streamed else [_job(recipe, source, encoding, check_tokenizer) for source in data.train]
@@ -141,7 +141,7 @@ def content_hash(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _encoding(recipe: Recipe) -> str:
+def encoding_of(recipe: Recipe) -> str:
     """Hash of what makes ids and weights of a record."""
     data = recipe.data
     return content_hash(

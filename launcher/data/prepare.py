@@ -82,6 +82,11 @@ def prepare(recipe: Recipe, *, progress: Progress | None = None, strict: bool = 
     stores = [Store.open(path) for path, _ in found]
     for store in stores:
         _check_vocabulary(recipe, store.manifest)
+    if strict and recipe.data.streaming:
+        raise UserError(
+            "strict: nobody knows what a stream will drop, cut or repair before it is read. Leave --strict out; each "
+            "reason is told while the run trains. Or set data.streaming=false."
+        )
     if strict:
         _refuse_losses([store.manifest for store in stores])
     train = [(c, s) for c, s in zip(wanted, stores, strict=True) if c.role == "train"]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from launcher.data.batches import MicroBatch, lay
 from launcher.data.cache import cache_folder
 from launcher.data.chat import MaskRule
-from launcher.data.corpora import content_hash, tokenizer_of
+from launcher.data.corpora import content_hash, encoding_of, tokenizer_of
 from launcher.data.formats import Format, Labelled, Pair, Skip, choose
 from launcher.data.lanes import COMPARED, WHOLE_FILE, Feed, Lane, LaneState, Rules, Streamed
 from launcher.data.names import source_names
@@ -32,6 +32,7 @@ from launcher.recipe.schema import Recipe, Source
 
 _BLOCKS = 8  # blocks of a source that each lane finds in an epoch, where there are enough
 _BLOCK_BYTES, _BLOCK_ROWS = (64, 1 << 20), (1, 1024)  # least and most that belong to one lane together
+_ROWS_REST_ON = ("seq_len", "packing", "isolate", "overlong", "shuffle_buffer")
 _SAMPLED = 16  # files by which the size of a source is told
 _LOOKED_AT = 32  # records of each source that are tried before ranks start
 
@@ -72,7 +73,10 @@ def look(recipe: Recipe, *, tokenizer: dict[str, Any], model_vocab_size: int | N
     shares = _shares(recipe)
     return {
         "streaming": True, "rows": None, "epoch_rows": None, "lanes": lanes, "vocab_size": limit,
-        "fingerprint": content_hash([entry["fingerprint"] for entry in entries], shares),
+        "fingerprint": content_hash(
+            encoding_of(recipe), [(entry["fingerprint"], entry["block"]) for entry in entries], shares, lanes,
+            *(getattr(recipe.data, key) for key in _ROWS_REST_ON), recipe.data.mix.by, recipe.train.seed,
+        ),
         "formats": [line for entry in entries for line in entry.pop("formats")],
         "warnings": [line for entry in entries for line in entry["warnings"]],
         "sources": [{**entry, "share": share} for entry, share in zip(entries, shares, strict=True)],
@@ -281,9 +285,10 @@ def _block(files: Sequence[File], lanes: int) -> int:
 
 
 def _fingerprint(listing: Listing) -> str:
-    """Hash of the files' names and sizes: their content would take as long to read as to train on."""
+    """Hash of the files' names and sizes, and how they are read: their content would take as long as to train on."""
+    source = listing.source
     return content_hash(
-        listing.kind, listing.source.split, listing.source.subset,
+        listing.kind, source.split, source.subset, source.format, source.columns, source.tags,
         [(str(f).rpartition("/")[2], stamp(f) if isinstance(f, str) else f.stat().st_size) for f in listing.files],
     )  # fmt: skip
 

@@ -151,16 +151,15 @@ def open_stream(
     Args:
         entry: the entry `train` of data.json
     Raises:
-        UserError: the recipe or the sources are no longer what they were when the run began.
+        UserError: the sources are no longer what they were when the data were prepared.
     """
     batch = recipe.train.global_batch_size
-    if entry["lanes"] != batch:
-        raise UserError(
-            f"train.global_batch_size = {batch}: this run has a stream of {entry['lanes']} lanes, one for each row of "
-            f"a global batch. Set it back to {entry['lanes']}, or start a new run."
-        )
     mine = lanes_of(ranks.rank, ranks=ranks.world_size, lanes=batch)
-    lanes = Lanes(recipe, entry, rank=ranks.rank, ranks=ranks.world_size, states=manager.load_lanes(mine))
+    manager.meta["stream_of"] = entry["fingerprint"]
+    states = manager.load_lanes(mine, of=entry["fingerprint"])
+    if states is None and manager.loaded is not None and ranks.rank == 0:
+        print("warning: the checkpoint is not of this stream (--force), which therefore begins anew", flush=True)
+    lanes = Lanes(recipe, entry, rank=ranks.rank, ranks=ranks.world_size, states=states)
     return StreamBatches(
         lanes, global_batch_size=batch, micro_batch_size=recipe.train.micro_batch_size, ranks=ranks.world_size,
         first=first, last=last,

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from launcher.data import stream
+from launcher.data.prepare import prepare
 from launcher.data.stream import Lanes, listed, look, told
 from launcher.data.tokenizer import TokenizerSpec, describe_tokenizer, load_tokenizer
 from launcher.errors import UserError
 from launcher.recipe.schema import Source
 from tests.data.make import tiny_tokenizer, write_jsonl
-from tests.trainer.make import make_recipe
+from tests.trainer.make import LLAMA, make_recipe
 
 TEXTS = [{"text": f"{i} upon a time " * (1 + i % 5)} for i in range(120)]
 CHATS = [
@@ -131,6 +132,14 @@ def test_records_that_are_counted_and_files_that_are_gone_are_refused(words: Pat
     assert entry(made)["fingerprint"] != given["fingerprint"]
     with pytest.raises(UserError, match="holds 2 files, 3 when the data were prepared"):
         Lanes(made, given, rank=0, ranks=2)
+
+
+def test_strict_is_refused_because_what_a_stream_loses_shows_only_later(words: Path, tmp_path: Path) -> None:
+    made = recipe(words, *two(tmp_path), model__config={**LLAMA, "vocab_size": 400}, train__max_steps=7)
+    prepared = prepare(made)
+    assert (prepared.total_steps, prepared.steps_per_epoch, prepared.train["lanes"]) == (7, None, 6)
+    with pytest.raises(UserError, match="strict: nobody knows what a stream will drop"):
+        prepare(made, strict=True)
 
 
 @pytest.fixture

@@ -177,16 +177,21 @@ class CheckpointManager:
                 log.info("removed %s: unfinished or void", name)
         return state
 
-    def load_lanes(self, wanted: Collection[int]) -> dict[int, dict[str, NDArray[Any]]] | None:
-        """These lanes of the stream in the checkpoint that was loaded, whichever ranks wrote them; None without one.
+    def load_lanes(self, wanted: Collection[int], *, of: str) -> dict[int, dict[str, NDArray[Any]]] | None:
+        """These lanes of the stream in the checkpoint that was loaded, whichever ranks wrote them.
 
+        Args:
+            of: the stream's fingerprint, as `meta` has it under `stream_of`
+        Returns:
+            None where no checkpoint was loaded, or none of this stream.
         Raises:
             CheckpointError: it does not hold one of them.
         """
         if self.loaded is None:
             return None
         folder = self.run.checkpoints / self.loaded
-        return read_lanes(folder, read_manifest(folder, run_id=self.meta["run_id"]), wanted)
+        manifest = read_manifest(folder, run_id=self.meta["run_id"])
+        return read_lanes(folder, manifest, wanted) if manifest.get("stream_of") == of else None
 
     def _prepare(self, folder: Path) -> tuple[bool, str | None]:
         """(this step is committed already, why there can be no save)."""

@@ -27,9 +27,15 @@ def lanes(numbers: Any, *, seed: int = 0) -> dict[int, dict[str, Any]]:
     }  # fmt: skip
 
 
+def lanes_manager(run: Any, attempt: int) -> CheckpointManager:
+    manager = rigs.manager(run, attempt)
+    manager.meta["stream_of"] = "web"
+    return manager
+
+
 def save(path: Path, step: int, found: Any) -> tuple[CheckpointManager, rigs.FlatEngine]:
     run, attempt = rigs.begin(path)
-    manager, engine = rigs.manager(run, attempt), rigs.FlatEngine(torch.nn.Linear(4, 2))
+    manager, engine = lanes_manager(run, attempt), rigs.FlatEngine(torch.nn.Linear(4, 2))
     manager.save(step, engine, {"step": step}, lanes=lambda: found)
     assert manager.wait().state == "done"
     return manager, engine
@@ -38,10 +44,11 @@ def save(path: Path, step: int, found: Any) -> tuple[CheckpointManager, rigs.Fla
 def test_lanes_are_read_back_bit_by_bit_by_the_ranks_that_want_them(tmp_path: Path) -> None:
     written = lanes(range(5))
     manager, engine = save(tmp_path, 3, written)
-    assert manager.load_lanes([1]) is None  # nothing was loaded
+    assert manager.load_lanes([1], of="web") is None  # nothing was loaded
     manager.load_latest(engine)
+    assert manager.load_lanes([1], of="other files") is None
     for wanted in ([0], [1, 4], range(5)):
-        found = manager.load_lanes(list(wanted))
+        found = manager.load_lanes(list(wanted), of="web")
         assert found is not None
         assert set(found) == set(wanted)
         for lane in wanted:
@@ -49,7 +56,7 @@ def test_lanes_are_read_back_bit_by_bit_by_the_ranks_that_want_them(tmp_path: Pa
                 assert found[lane][name].dtype == array.dtype
                 assert found[lane][name].tobytes() == array.tobytes()
     with pytest.raises(CheckpointError, match=r"holds no state of the lanes \[7\]"):
-        manager.load_lanes([2, 7])
+        manager.load_lanes([2, 7], of="web")
 
 
 def test_l7_a_bit_flipped_in_a_file_of_lanes_is_found_and_the_checkpoint_before_is_taken(tmp_path: Path) -> None:
@@ -61,10 +68,10 @@ def test_l7_a_bit_flipped_in_a_file_of_lanes_is_found_and_the_checkpoint_before_
     content = bytearray(path.read_bytes())
     content[-5] ^= 4
     path.write_bytes(content)
-    later = rigs.manager(*rigs.begin(tmp_path))
+    later = lanes_manager(*rigs.begin(tmp_path))
     assert later.load_latest(engine) == {"step": 3}
     assert f"{stream_file(0)}: its content has changed" in later.problems[0]
-    found = later.load_lanes([1])
+    found = later.load_lanes([1], of="web")
     assert found is not None
     assert found[1]["tokens"].tobytes() == lanes(range(2), seed=1)[1]["tokens"].tobytes()
 
@@ -73,7 +80,7 @@ def test_a_checkpoint_without_lanes_says_which_are_missing(tmp_path: Path) -> No
     manager, engine = save(tmp_path, 3, {})
     manager.load_latest(engine)
     with pytest.raises(CheckpointError, match=r"lanes \[0, 1\]"):
-        manager.load_lanes([0, 1])
+        manager.load_lanes([0, 1], of="web")
     folder = manager.run.checkpoint(3, manager.attempt)
     assert "stream" not in read_manifest(folder)
     assert read_lanes(folder, read_manifest(folder), []) == {}
