@@ -8,6 +8,7 @@ the text changes, after it comes the text that ends a turn, before it the genera
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from launcher.data.left_out import THOUGHT, WORDS, left_out, other_call
 from launcher.data.template import Template
 from launcher.errors import UserError
+from launcher.shipped import chat_templates
 
 Message = Mapping[str, Any]
 
@@ -78,7 +80,7 @@ class Conversation:
             return None
         if message.get("tool_calls") or message.get("reasoning_content") or THOUGHT.match(message["content"]):
             return begin, end
-        whole = words.endswith(_TO) and words.count(_FROM) == 1 and text[begin:end] in message["content"]
+        whole = words.endswith(_TO) and words.count(_FROM) == 1 and _holds(message["content"], text[begin:end])
         return (begin, end) if whole else None
 
     def toolless(self, count: int) -> Conversation:
@@ -133,16 +135,33 @@ def _written_among_others(conversation: Conversation, text: str, index: int, sto
         raise UserError(
             f"turn {turn}: the chat template's generation prompt is not how the turn begins (it asks with "
             f"{_short(asked)} and writes {_short(text[after_asker : words[0]])}), so the model would learn to begin as "
-            f"it is never asked to. Use another data.chat_template."
+            f"it is never asked to. {_fix(conversation, index)}"
         )
     tail = through[_stretch(conversation, index, turn)[1] :].rstrip()
+    if not text.startswith(tail, words[1]):  # Phi 3 writes the end token once, after the whole
+        tail = tail.removesuffix(conversation.template.end_token or tail).rstrip() or tail
     if not text.startswith(tail, words[1]):
         raise UserError(
             f"turn {turn}: the chat template ends the turn otherwise once later turns follow ({_short(tail)}, then "
-            f"{_short(text[words[1] : words[1] + len(tail)])}), so what stops it cannot be proven. {_OTHER}"
+            f"{_short(text[words[1] : words[1] + len(tail)])}), so what stops it cannot be proven. "
+            f"{_fix(conversation, index)}"
         )
     end = words[1] + len(tail)
-    return Place(index, begin, _body(text[begin:end], stop, turn, bodies) + begin, end)
+    called = conversation.messages[index].get("tool_calls")
+    body = _body(text[begin:end], stop, turn, bodies) + begin if called or not stop else words[1]
+    return Place(index, begin, body, end)
+
+
+def _fix(conversation: Conversation, index: int) -> str:
+    """What helps where a turn cannot be proven."""
+    last = max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
+    if index < last:
+        try:
+            _written(conversation, conversation.text(), last, False)
+            return "The last answer can be proven: use data.train_on=last_assistant, or another data.chat_template."
+        except UserError:
+            pass
+    return f"Use another data.chat_template; shipped are {', '.join(chat_templates())}."
 
 
 def _given(conversation: Conversation, text: str, index: int) -> Place:
@@ -209,8 +228,20 @@ def _alternative(message: Message) -> dict[str, Any]:
         before, reasoning, between, rest = thought.groups()
         changed["content"] = before + (other if reasoning else "") + between + (other if rest else "")
     if calls := message.get("tool_calls"):
-        changed["tool_calls"] = [other_call(call, other, {other: other}) for call in calls]
+        changed["tool_calls"] = [_other_call(call, other) for call in calls]
     return changed
+
+
+def _other_call(call: Any, words: str) -> Any:
+    """With other arguments; where there are none with another name, which a template may write with results, too."""
+    function = call["function"]
+    return other_call(call, function["name"] if function.get("arguments") else words, {words: words})
+
+
+def _holds(content: str, found: str) -> bool:
+    return found in content or found in json.dumps(
+        content, ensure_ascii=False
+    )  # a tool's result may be written as JSON
 
 
 def _common(a: str, b: str) -> int:

@@ -188,7 +188,9 @@ class _StandIns(Conversation):
 
     def stretch(self, index: int, count: int | None = None, *, generation: bool = False) -> tuple[int, int] | None:
         text, mark = self.text(count, generation=generation), f"{_OPEN}{index}_"
-        begin, last = text.find(mark), text.rfind(mark)
+        begin = text.find(mark)
+        last = max(text.rfind(f"{mark}{kind}") for kind in "cra")
+        last = last if last >= 0 else text.rfind(mark)  # a call without arguments
         if begin < 0 or any(text.count(f"{mark}{key[0]}") > 1 for key in WORDS):
             return None
         end = text.index(_CLOSE, last) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -25,6 +26,7 @@ class Template:
     """A chat template as a function of messages.
 
     marks: whether it says by `{% generation %}` what the assistant writes
+    end_token: the tokenizer's, or None
 
     Args:
         text: the template; with_tools: the one for conversations with tools, where the tokenizer has two.
@@ -36,6 +38,8 @@ class Template:
         self._memory: dict[Any, Any] = {}
         self._with_tools = with_tools or text
         self._variables = {**variables, "strftime_now": DATE.strftime, "documents": None}
+        self.end_token = variables.get("eos_token")
+        self._calls_as_text = False
         self.marks = bool(_GENERATION.search(self._with_tools))
 
     def render(self, messages: Messages, *, tools: Any = None, generation: bool = False) -> str:
@@ -56,6 +60,8 @@ class Template:
         spans: list[tuple[int, int]] = []
 
         def write(program: Any) -> None:
+            blocks.clear()
+            spans.clear()
             with program.environment.activate_tracker(blocks, spans):
                 for block in program.generate(**self._given(messages, tools, False)):
                     blocks.append(block)
@@ -79,11 +85,25 @@ class Template:
 
         try:
             return use(_compile_jinja_template(self._with_tools if tools else self.text))
+        except TypeError as error:
+            if self._calls_as_text:
+                raise UserError(f"the chat template failed: TypeError: {error}") from error
+            self._calls_as_text = True  # some templates, as DeepSeek's, take arguments as the text that OpenAI sends
+            try:
+                return self._call(tools, use)
+            except UserError:
+                self._calls_as_text = False
+                raise
         except Exception as error:  # a Jinja template may raise anything
             raise UserError(f"the chat template failed: {type(error).__name__}: {error}") from error
 
     def _given(self, messages: Messages, tools: Any, generation: bool) -> dict[str, Any]:
         shown = [_plain(message) for message in messages]
+        if self._calls_as_text:
+            for message in shown:
+                message |= (
+                    {"tool_calls": [_as_text(c) for c in message["tool_calls"]]} if "tool_calls" in message else {}
+                )
         return {**self._variables, "messages": shown, "tools": tools or None, "add_generation_prompt": generation}
 
 
@@ -116,6 +136,11 @@ def _check_tokens(tokenizer: Any, text: str) -> None:
             f"data.chat_template: it writes {', '.join(missing)}, which the tokenizer does not have as special tokens: "
             f"they would be learnt as plain text. {other}, or add them to the tokenizer and the model."
         )
+
+
+def _as_text(call: Any) -> Any:
+    arguments = json.dumps(call["function"].get("arguments") or {}, ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def template_of(tokenizer: Any) -> Template:

@@ -151,6 +151,40 @@ DEEPSEEK_R1 = """
 """
 DEEPSEEK_V3 = DEEPSEEK_R1.replace("<|Assistant|><think>\\n", "<|Assistant|>")
 
+# the end token once, after the whole
+PHI3 = """
+{%- for message in messages -%}
+    {{- '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' -}}
+{%- endfor -%}
+{{- '<|assistant|>\\n' if add_generation_prompt else eos_token -}}
+"""
+
+# arguments of calls are text; a result names the function that it comes from, in the turn of the call
+TEXT_ARGUMENTS = """
+{%- for tool in tools or [] -%}{{- '<tool>' + tool.function.name -}}{%- endfor -%}
+{%- set ns = namespace(name='', last=-1) -%}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+    {%- if message.role == 'tool' -%}
+        {{- '<result>' + ns.name + ':' + message.content -}}
+    {%- else -%}
+        {{- '<|' + message.role + '|>' if message.role == 'user' or messages[loop.index0 - 1].role != 'tool' -}}
+        {%- if message.reasoning_content and loop.index0 > ns.last -%}
+            {{- '<think>' + message.reasoning_content + '</think>' -}}
+        {%- endif -%}
+        {{- message.content -}}
+        {%- for call in message.tool_calls or [] -%}
+            {%- set ns.name = call.function.name -%}
+            {{- '<call>' + call.function.name + call.function.arguments -}}
+        {%- endfor -%}
+        {{- '<wait>' if message.tool_calls else '<end>' -}}
+    {%- endif -%}
+{%- endfor -%}
+{{- '<|assistant|>' if add_generation_prompt and messages[-1].role != 'tool' -}}
+"""
+
 # says by itself what the assistant writes
 GENERATION = """
 {%- for message in messages -%}

@@ -215,6 +215,38 @@ def test_deepseek_r1_asks_with_reasoning_that_it_never_writes_and_is_refused():
     ]  # fmt: skip
 
 
+def test_phi3_writes_the_end_token_once_after_the_whole():
+    of = template(styles.PHI3)
+    assert spans(TWO, of) == ["A model.<|end|>", "Yes.<|end|>\n</s>"]
+    assert spans(TWO, of, MaskRule(end_of_turn=False)) == ["A model.", "Yes."]
+
+
+def test_arguments_are_given_as_text_to_a_template_that_adds_them_to_text():
+    of = template(styles.TEXT_ARGUMENTS)
+    turns = [
+        user("1"),
+        calling(1, reasoning_content="Ra"),
+        result("r"),
+        assistant("A", reasoning_content="Rb"),
+        user("2"),
+    ]
+    turns += [calling(2, reasoning_content="Rc"), result("r"), assistant("B", reasoning_content="Rd")]
+    call = ['<call>weather{"city": "Zürich", "days": 1}<wait>', '<call>weather{"city": "Zürich", "days": 2}<wait>']
+    expected = [call[0], "A<end>", f"<think>Rc</think>{call[1]}", "<think>Rd</think>B<end>"]
+    assert spans(Chat(turns, TOOLS), of) == expected
+    assert "<result>weather:r" in render(Chat(turns, TOOLS), of, MaskRule()).text
+
+
+def test_a_turn_that_cannot_be_proven_says_whether_the_last_one_can():
+    asked = "{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    hybrid = styles.QWEN3.replace(asked, asked.replace("\\n'", "\\n<think>\\n'"))
+    with pytest.raises(UserError, match=r"turn 3: .* The last answer can be proven: use data.train_on=last_assistant"):
+        spans(TWO, template(hybrid))
+    assert spans(TWO, template(hybrid), MaskRule("last_assistant")) == ["\n</think>\n\nYes.<|im_end|>"]
+    with pytest.raises(UserError, match=r"turn 5: .*Use another data.chat_template; shipped are alpaca, "):
+        spans(TWO, template(styles.DEEPSEEK_R1), MaskRule("last_assistant"))
+
+
 def test_generation_blocks_say_what_is_trained_also_where_they_leave_out_the_stop_token():
     assert spans(TWO, template(styles.GENERATION)) == ["A model.<|im_end|>", "Yes.<|im_end|>"]
     assert spans(TWO, template(styles.GENERATION), MaskRule(end_of_turn=False)) == ["A model.", "Yes."]
@@ -272,7 +304,15 @@ def test_reasoning_that_no_turn_shows_is_counted():
 
 def test_a_shape_finds_what_the_proof_of_each_record_finds(monkeypatch):
     chats = [Chat(TWO), Chat(THOUGHTS), Chat(INLINE), WITH_TOOLS, Chat([user(" \n a"), assistant(" b\n\n")])]
-    texts = [styles.QWEN3, styles.LLAMA31, styles.MISTRAL, styles.GENERATION, CHATML]
+    texts = [
+        styles.QWEN3,
+        styles.LLAMA31,
+        styles.MISTRAL,
+        styles.GENERATION,
+        styles.PHI3,
+        styles.TEXT_ARGUMENTS,
+        CHATML,
+    ]
     for text in [*texts, *(chat_template(name).read_text("utf-8") for name in chat_templates())]:
         for chat in chats:
             for rule in (MaskRule(), MaskRule(end_of_turn=False), MaskRule(roles=("user",))):
