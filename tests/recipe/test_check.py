@@ -350,3 +350,14 @@ def test_what_stands_behind_the_mark_of_a_path_stays_and_an_unknown_entry_names_
 def test_a_compressed_file_is_a_data_file(here: Path):
     (here / "chat.jsonl.gz").write_bytes(b"")
     assert loaded(here, "data.train=[{path: chat.jsonl.gz}]").recipe.data.train[0].path == str(here / "chat.jsonl.gz")
+
+
+@pytest.mark.parametrize("format", ["sharegpt", "preference", "unpaired"])
+def test_answers_to_compare_may_be_messages_with_tags(here: Path, format: str):
+    loaded(here, f"data.train.0.format={format}", "data.train.0.tags={role_tag: who}")
+
+
+@pytest.mark.parametrize("path", ["chat.jsonl", "chat.jsonl#5"])
+def test_a_file_has_no_split(here: Path, path: str):
+    with pytest.raises(RecipeError, match="only a hub dataset has a folder, this is a file"):
+        loaded(here, f"data.train=[{{path: '{path}', folder: x}}]")

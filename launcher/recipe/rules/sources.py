@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launcher.errors import Problem
-from launcher.recipe.paths import DATA_ENDINGS, looks_like_path
+from launcher.recipe.paths import DATA_ENDINGS, looks_like_path, split_choice
 from launcher.recipe.schema import Recipe
+
+_TAGGED = ("auto", "sharegpt", "messages", "preference", "unpaired")  # formats whose records may hold messages
 
 
 def model_source(recipe: Recipe) -> Iterator[Problem]:
@@ -26,18 +28,18 @@ def model_source(recipe: Recipe) -> Iterator[Problem]:
 
 
 def data_sources(recipe: Recipe) -> Iterator[Problem]:
-    """Only sharegpt records have tags, only hub datasets splits and subsets."""
+    """Only records of messages have tags, only hub datasets splits, subsets and folders."""
     for key, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for i, source in enumerate(sources):
-            if source.tags and source.format not in ("auto", "sharegpt", "messages"):
+            if source.tags and source.format not in _TAGGED:
                 yield Problem(
                     f"data.{key}.{i}.tags",
                     source.tags,
                     f"null with format {source.format}, which has no tags",
                     "Remove the key.",
                 )
-            for name in ("split", "subset"):
-                if getattr(source, name) is not None and source.path.endswith(DATA_ENDINGS):
+            for name in ("split", "subset", "folder"):
+                if getattr(source, name) is not None and split_choice(source.path)[0].endswith(DATA_ENDINGS):
                     value = getattr(source, name)
                     yield Problem(
                         f"data.{key}.{i}.{name}",
