@@ -22,6 +22,7 @@ from launcher.data.atomic import appearing
 from launcher.errors import UserError
 
 _CHUNK = 1 << 24  # bytes read at a time
+_LOOKED_AT = 16  # records whose columns are those of the table
 _SPAN = 1 << 26  # bytes of several records that are read in one go
 _SHORT = 64  # lines up to so long are looked at for being blank
 _NEWLINE, _BLANK = 10, (9, 13, 32)
@@ -79,8 +80,9 @@ class Lines:
 
     @property
     def column_names(self) -> list[str]:
-        """Those of the first record."""
-        return list(self.records(0, 1)[0]) if len(self) else []
+        """Those of the first records."""
+        first = self.records(0, min(len(self), _LOOKED_AT))
+        return list(dict.fromkeys(name for record in first for name in record))
 
     @property
     def nbytes(self) -> int:

@@ -89,6 +89,18 @@ def test_a_text_that_is_the_record_itself_written_out_is_no_other_format():
     assert "column text is the same record as one text" in form.warnings[0]
 
 
+def test_columns_that_begin_after_the_first_record_are_read_or_told():
+    first, later = (
+        {"question": "Who?", "answer": "Me."},
+        {"question": "Who?", "answer": "Me.", "system_prompt": "Be brief."},
+    )
+    notes = []
+    assert choose(Source(path="f"), [*later], first).read(later, notes.append) == CHAT
+    assert not notes
+    assert choose(Source(path="f"), [*first], first).read(later, notes.append) == Chat([USER, ANSWER])
+    assert notes == ["column system_prompt is not read"]
+
+
 def test_tools_calls_and_results_become_openais_form():
     call = {"id": "c1", "function": {"name": "add", "arguments": '{"a": 1}'}}
     turns = [

@@ -24,6 +24,9 @@ _MEANING = MEDIA | {
 }  # fmt: skip
 
 
+_BEFORE = frozenset({"system", "system_prompt", "history"})  # what stands before a conversation
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """How the records of one source are read.
@@ -98,6 +101,10 @@ class Format:
         return made
 
     def _refuse_unread(self, record: Mapping[str, Any], note: Note) -> None:
+        if self.conversational and self.entry is None:
+            for column in _BEFORE & record.keys() - set(self.columns.values()):
+                if record[column]:
+                    note(f"column {column} is not read")
         if self.name in ("text", "tokens") and not self.recognised:
             return
         for column in _MEANING & record.keys() - set(self.columns.values()):

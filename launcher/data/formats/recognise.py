@@ -67,7 +67,7 @@ def choose(
     """The format of a source.
 
     Args:
-        columns: of its first file that has records.
+        columns: of its first file that has records; those that a format may have need not be in the first of them.
         first: its first record.
         placeholders: what {{name}} in a text stands for.
     Raises:
@@ -102,13 +102,17 @@ class _Look:
     def tags(self) -> dict[str, str]:
         return dict(self.source.tags or {})
 
-    def pick(self, ours: str, *, exact: bool = False) -> str | None:
-        """The file's name of a column, None if it has none; where several may be meant, a complaint and None."""
+    def pick(self, ours: str, *, exact: bool = False, later: bool = False) -> str | None:
+        """The file's name of a column, None if the first record (`later`: any of the first ones) has none.
+
+        Where several may be meant, a complaint and None.
+        """
         if ours in self.mapping:
             return self.mapping[ours]
         names = ALIASES[ours][:1] if exact else ALIASES[ours]
         taken = set(self.mapping.values())
-        found = [name for name in names if name in self.columns and name not in taken]
+        there = self.columns if later else self.first
+        found = [name for name in names if name in there and name not in taken]
         if len(found) > 1 and found[0] != ours:
             each = " or ".join(f"columns: {{{ours}: {name}}}" for name in found)
             complaint = f"{ours} may be {' or '.join(found)}: say {each}"
@@ -142,7 +146,7 @@ class _Look:
     def beside(self, name: str) -> dict[str, str]:
         """The columns that a format may have: where the file has none, they may still come in a later record."""
         _, optional = COLUMNS[name]
-        return {ours: self.pick(ours) or ours for ours in optional if ours in (*_BESIDE, "input")}
+        return {ours: self.pick(ours, later=True) or ours for ours in optional if ours in (*_BESIDE, "input")}
 
 
 Found = dict[
@@ -345,7 +349,7 @@ def _named(look: _Look, name: str) -> Format:
 def _made(look: _Look, name: str, found: Found, *, recognised: bool, warnings: list[str]) -> Format:
     columns = {ours: theirs for ours, theirs in found.items() if not ours.startswith("_")}
     if name == "tokens":
-        columns |= {ours: look.pick(ours) or ours for ours in COLUMNS[name][1]}
+        columns |= {ours: look.pick(ours, later=True) or ours for ours in COLUMNS[name][1]}
     elif name != "text":
         columns = {**look.beside(found.get("_base", name) if name in ("preference", "unpaired") else name), **columns}
     not_read = tuple(column for column in look.columns if column not in columns.values())
