@@ -42,7 +42,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mb", type=int, default=48, help="size of the text corpus; of chats a third of it")
+    parser.add_argument("--mb", type=int, default=48, help="size of each corpus")
     parser.add_argument("--repeats", type=int, default=3, help="turns, of which the best counts")
     parser.add_argument("--cores", type=int, nargs="+", default=sorted({1, len(os.sched_getaffinity(0))}))
     parser.add_argument("--only", choices=("text", "chat"))
@@ -188,9 +188,7 @@ def make(folder: Path, size: int) -> None:
     with open(folder / "text.jsonl", "w") as f:
         f.writelines(json.dumps({"text": document}) + "\n" for document in documents)
     with open(folder / "chat.jsonl", "w") as f:
-        f.writelines(
-            json.dumps({"messages": list(turns(documents, i))}) + "\n" for i in range(0, len(documents) // 3, 4)
-        )
+        f.writelines(json.dumps({"messages": list(turns(documents, i))}) + "\n" for i in range(0, len(documents), 4))
 
 
 def turns(documents: list[str], at: int) -> Iterator[dict[str, str]]:
