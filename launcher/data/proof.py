@@ -78,7 +78,7 @@ class Conversation:
         end, words, message = len(text) - after, changed[begin : len(changed) - after], self.messages[index]
         if not (words.startswith(_FROM) and _TO in words):
             return None
-        if message.get("tool_calls") or message.get("reasoning_content") or THOUGHT.match(message["content"]):
+        if message.get("tool_calls") or message.get("reasoning_content") or _thought(message):
             return begin, end
         whole = words.endswith(_TO) and words.count(_FROM) == 1 and _holds(message["content"], text[begin:end])
         return (begin, end) if whole else None
@@ -224,12 +224,18 @@ def _alternative(message: Message) -> dict[str, Any]:
     """The message with stand-ins for all of its words; marks of reasoning inside of the content stay."""
     other = f"{_FROM}{_TO}"
     changed = {**message, **{key: other for key in WORDS if message.get(key)}}
-    if thought := THOUGHT.match(message["content"]):
-        before, reasoning, between, rest = thought.groups()
+    if thought := _thought(message):
+        before, reasoning, between, rest = thought
         changed["content"] = before + (other if reasoning else "") + between + (other if rest else "")
     if calls := message.get("tool_calls"):
         changed["tool_calls"] = [_other_call(call, other) for call in calls]
     return changed
+
+
+def _thought(message: Message) -> tuple[str, ...] | None:
+    """An answer's content as (mark, reasoning, mark, words), where it holds reasoning."""
+    found = THOUGHT.match(message["content"]) if message["role"] == "assistant" else None
+    return found.groups() if found is not None and (found[2] or found[4]) else None
 
 
 def _other_call(call: Any, words: str) -> Any:

@@ -8,12 +8,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from launcher.data import shapes
 from launcher.data.chat import MaskRule
 from launcher.data.formats import Chat
-from launcher.data.template import special_tokens
+from launcher.data.proof import Conversation, prove
+from launcher.data.template import Template, special_tokens
 from launcher.data.tokenize import Encoder
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
+from launcher.errors import UserError
 from launcher.shipped import chat_template, chat_templates
+from tests.data import styles
 from tests.data.make import tiny_tokenizer
 
 
@@ -116,6 +120,27 @@ def check(name, encoders, messages):
     assert tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False) == text
 
 
+STYLES = {name: text for name, text in vars(styles).items() if name.isupper()}
+PROGRAMS = {
+    name: Template(text, {"bos_token": "<s>", "eos_token": "</s>"})
+    for name, text in {**STYLES, **{name: chat_template(name).read_text("utf-8") for name in FORMS}}.items()
+}
+RULES = [MaskRule(), MaskRule(end_of_turn=False), MaskRule("last_assistant"), MaskRule(roles=("assistant", "user"))]
+
+
+def same_as_proven_alone(name, messages, rule):
+    """By the shape that the template remembers as by the proof of this very conversation, where that can be proven."""
+    found = []
+    for find in (shapes.locate, prove):
+        try:
+            conversation = Conversation(messages, None, PROGRAMS[name])
+            located = find(conversation, sorted(rule.weights(messages)), bodies=not rule.end_of_turn)
+            found.append((located.text, located.places, located.notes))
+        except UserError as error:
+            found.append(str(error))
+    assert found[0] == found[1] or "do not make exactly one stretch" in found[1]
+
+
 def test_every_shipped_template_is_tested():
     assert sorted(FORMS) == chat_templates()
 
@@ -139,3 +164,16 @@ def test_exactly_the_answers_and_what_ends_them_are_trained_in_many_conversation
         check(name, encoders, messages)
 
     holds()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from(sorted(PROGRAMS)), conversations(), st.sampled_from(RULES))
+def test_a_shape_finds_what_the_proof_of_the_record_finds(name, messages, rule):
+    same_as_proven_alone(name, messages, rule)
+
+
+@pytest.mark.matrix
+@settings(max_examples=8000, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from(sorted(PROGRAMS)), conversations(), st.sampled_from(RULES))
+def test_a_shape_finds_what_the_proof_of_the_record_finds_in_many_conversations(name, messages, rule):
+    same_as_proven_alone(name, messages, rule)
