@@ -101,11 +101,12 @@ class Lines:
         return Lines(self.file, self.name, self.index, begin, begin + len(rows), self.plain)
 
     def records(self, begin: int, end: int) -> list[dict[str, Any]]:
-        """Records begin:end.
+        """Records begin:end, as far as there are so many.
 
         Raises:
             UserError: one cannot be read; names file, record and line.
         """
+        end = min(end, len(self))
         places = self._places(begin, end).tolist()
         if not places:
             return []
@@ -124,7 +125,7 @@ class Lines:
 
     def _places(self, begin: int, end: int) -> NDArray[np.int64]:
         return np.fromfile(
-            self.index, dtype=np.int64, count=2 * (end - begin), offset=16 * (self.begin + begin)
+            self.index, dtype=np.int64, count=max(0, 2 * (end - begin)), offset=16 * (self.begin + begin)
         ).reshape(-1, 2)  # fmt: skip
 
     def _read(self, raw: bytes, number: int, at: int, *, halves: bool) -> dict[str, Any]:
