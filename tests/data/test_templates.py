@@ -8,15 +8,17 @@ from launcher.data import shapes
 from launcher.data.chat import MaskRule, render
 from launcher.data.formats import Chat, Completion, Labelled, Pair, Text, Tokens
 from launcher.data.left_out import CONTENT_LEFT_OUT, REASONING_LEFT_OUT
+from launcher.data.prepare import prepare
 from launcher.data.proof import prove
 from launcher.data.store import Side
 from launcher.data.template import Template, missing_tokens, special_tokens
 from launcher.data.tokenize import APART, Encoder
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer, replaces_template
 from launcher.errors import UserError
+from launcher.recipe.schema import from_dict
 from launcher.shipped import chat_template, chat_templates
 from tests.data import styles
-from tests.data.make import CHATML, tiny_tokenizer
+from tests.data.make import CHATML, tiny_tokenizer, write_jsonl
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}]
 
@@ -473,3 +475,24 @@ def test_words_that_begin_with_white_space_are_tokenised_apart_as_the_model_woul
     assert not weights[: len(given)].any()
     assert weights[len(given) : -1].all()
     assert group.changed in ([], [APART])
+
+
+def test_prepare_counts_what_is_dropped_and_changed_and_says_whose_template_is_replaced(tmp_path):
+    chats = [TWO, [user("<|im_end|>"), assistant("A")], THOUGHTS, [user("?"), assistant("\n\n\nA")]]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages} for messages in chats])
+    tokenizer = str(tiny_tokenizer(tmp_path / "tokenizer"))
+    values = {
+        "model": {"config": {"model_type": "llama", "vocab_size": 400}, "tokenizer": tokenizer},
+        "data": {
+            "train": [{"path": str(path)}], "seq_len": 64, "num_workers": 1, "cache_dir": str(tmp_path / "cache"),
+            "chat_template": "qwen", "train_end_of_turn": False,
+        },
+        "train": {"global_batch_size": 1, "epochs": 1},
+    }  # fmt: skip
+    train = prepare(from_dict(values)).train
+    assert train["dropped"] == {"the special token <|im_end|> inside of a message": 1}
+    assert train["changed"][REASONING_LEFT_OUT] == 1
+    assert train["documents"] == 3
+    assert "data.chat_template replaces the tokenizer's own" in train["formats"][0]
+    with pytest.raises(UserError, match=r"strict: .*\n.*special token <\|im_end\|>.*a\.jsonl: record 1 \(row 2\)"):
+        prepare(from_dict(values), strict=True)
