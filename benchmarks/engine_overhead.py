@@ -193,10 +193,10 @@ def make_run(folder: Path, kind: str, total: int) -> tuple[Any, Any, int]:
     store = Store.open(make_store(folder))
     run = RunDirectory(folder / "run")
     run.create(to_dict(recipe), {}, {})
-    part = {"store": str(folder / "packed"), "rows": store.rows, "trained_weight": float(store.row_weight.sum())}
+    part = {"name": "made", "store": str(folder / "packed"), "rows": store.rows, "epoch_rows": store.rows}
     run.data_file.write_text(json.dumps({
-        "version": 1, "train": part, "eval": None, "vocab_size": CONFIG["vocab_size"], "total_rows": None,
-        "global_batch_size": 4, "total_steps": total,
+        "version": 2, "train": {"sources": [part]}, "eval": None, "vocab_size": CONFIG["vocab_size"],
+        "total_rows": None, "global_batch_size": 4, "total_steps": total,
     }))  # fmt: skip
     return recipe, run, start_attempt(run, target="benchmark", job_id=None, nodes=["here"], reason="benchmark")
 
