@@ -35,6 +35,9 @@ lint: $(READY)  ## ruff and mypy
 bench: $(READY)  ## every benchmark, as ratios
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/deal.py
+	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/prepare_memory.py
+	$(BIN)/python benchmarks/store_open.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/engine_overhead.py

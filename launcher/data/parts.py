@@ -131,6 +131,8 @@ def _open(job: TokensJob, folder: Path, cache: Path, progress: Progress) -> _Ope
     if context.verdict is not None:
         progress(str(context.verdict), 0, 0)
     warnings = list(form.warnings)
+    if size >= REPAID_BYTES and context.verdict is not None and not context.verdict.proven:
+        warnings.append(str(context.verdict))
     if missing := missing_bytes(context.tokenizer()):
         warnings.append(f"the tokenizer has no token for {missing} of 256 bytes and drops them from texts")
     if form.conversational and (marks := unknown_marks(context.tokenizer())):
