@@ -23,6 +23,7 @@ from launcher.errors import UserError
 
 _LINES, _PARQUET = (".jsonl", ".ndjson", ".txt"), (".parquet",)  # read from any place; other files are copied first
 _CHUNK = 1 << 20  # bytes of lines, or ...
+_TAIL = 1 << 16  # bytes read at a time behind it, to the end of the last line
 _ROWS = 256  # ... rows, that one read gives at most
 _COUNTED = 1 << 30  # bytes up to which lines are counted to name one
 _GROUPS, _FILES, _TABLES = 4, 32, 32  # row groups, open files and tables that a rank keeps
@@ -102,12 +103,13 @@ def _file(listing: Listing, shelf: Shelf) -> File:
 
 
 def open_bytes(path: str) -> Any:
-    """A file of this machine, or of any store that fsspec knows, for reading."""
+    """A file of this machine, or of any store that fsspec knows, for reading; nothing is read but what is asked for."""
     if not is_remote(path):
         return open(path, "rb", buffering=1 << 16)
     import fsspec
 
-    return fsspec.open(path, "rb").open()
+    system, inside = fsspec.core.url_to_fs(path)
+    return system.open(inside, "rb", cache_type="none")
 
 
 def size_of(path: str) -> int:
@@ -152,8 +154,8 @@ class _Lines:
         first = data.find(b"\n") + 1 if begin else 0
         if (begin and not first) or first >= len(data):
             return [], end
-        if not data.endswith(b"\n"):
-            data += handle.readline()
+        while not data.endswith(b"\n") and (more := handle.read(_TAIL)):
+            data += more[: more.find(b"\n") + 1] or more
         found, at = [], start + first
         for line in data[first:].removesuffix(b"\n").split(b"\n"):
             if self._text or line.strip():

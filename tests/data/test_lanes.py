@@ -163,7 +163,7 @@ def test_a_lane_resumed_far_inside_a_file_reads_what_is_there_and_not_what_was_b
     opened = seek.open_bytes
     monkeypatch.setattr(seek, "open_bytes", lambda name: Counted(opened(name)))
     Lane(1, [source], given, tokenise, state).row()
-    assert 0 < sum(read) < 40_000
+    assert 0 < sum(read) < 100_000 < path.stat().st_size / 5
 
 
 def test_what_is_read_is_mixed_by_tokens_or_by_documents_as_the_shares_say(tmp_path: Path) -> None:
