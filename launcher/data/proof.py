@@ -140,7 +140,7 @@ def _written_among_others(conversation: Conversation, text: str, index: int, sto
     tail = through[_stretch(conversation, index, turn)[1] :].rstrip()
     if not text.startswith(tail, words[1]):  # Phi 3 writes the end token once, after the whole
         tail = tail.removesuffix(conversation.template.end_token or tail).rstrip() or tail
-    if not text.startswith(tail, words[1]):
+    if not (tail and text.startswith(tail, words[1])):
         raise UserError(
             f"turn {turn}: the chat template ends the turn otherwise once later turns follow ({_short(tail)}, then "
             f"{_short(text[words[1] : words[1] + len(tail)])}), so what stops it cannot be proven. "
