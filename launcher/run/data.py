@@ -54,11 +54,16 @@ def remarks(data: Mapping[str, Any]) -> Iterator[str]:
             for what in ("dropped", "changed"):
                 yield from (f"{name}: {what}: {n:,} ({reason})" for reason, n in part.get(what, {}).items())
     if duplicates := data["train"].get("duplicates"):
-        yield f"train: {duplicates:,} records are exact duplicates of others"
+        yield f"train: {duplicates:,} of {_records(data['train']):,} records have the text of an earlier one"
     for name, leaked in data["leaked"].items():
         if leaked:
-            held = next(part["documents"] for part in data["eval"]["sets"] if part["name"] == name)
+            held = next(_records(part) for part in data["eval"]["sets"] if part["name"] == name)
             yield (
                 f"eval {name}: warning: {leaked:,} of {held:,} records are in the training data, too; its loss will "
                 "look better than it is"
             )
+
+
+def _records(entry: Mapping[str, Any]) -> int:
+    """Of an entry of data.json; a pair is one."""
+    return sum(entry["groups"].values())

@@ -108,7 +108,7 @@ def test_an_evaluation_set_beside_it_leaves_the_training_data_as_they_are(make):
 def test_duplicates_are_counted_over_all_sources(make):
     prepared = prepare(make({"a": (said("cat", 5) + said("cat", 2), {}), "b": (said("cat", 3), {})}))
     assert prepared.train["duplicates"] == 5
-    assert "train: 5 records are exact duplicates of others" in list(remarks(prepared.to_dict()))
+    assert "train: 5 of 10 records have the text of an earlier one" in list(remarks(prepared.to_dict()))
 
 
 def test_each_source_holds_out_a_set_of_its_own_and_copies_stay_on_one_side(make):
