@@ -278,6 +278,13 @@ def test_placeholders_are_filled_where_the_recipe_names_them_and_told_where_not(
         ),
         ({"q": "a", "a": "b"}, {}, r"set format: query_response, columns: \{query: q, response: a\}"),
         ({"body": "a", "n": 1}, {}, r"set format: text, columns: \{text: body\}"),
+        (
+            {"instruction": "a", "context": "b", "response": "c"},
+            {},
+            r"set format: alpaca, columns: \{instruction: instruction, input: context, output: response\}",
+        ),
+        ({"messages": []}, {}, "Column messages of the first record is empty"),
+        ({"segments": [{"label": True, "text": "a"}]}, {}, "holds texts with labels .Axolotl's input_output."),
         ({"dialogue": CHAT.messages}, {}, r"set columns: \{messages: dialogue\}"),
         ({"talk": [{"who": "a", "says": "b"}]}, {}, r"tags: \{role_tag: who, content_tag: says\}"),
         ({"chosen": "x", "rejected": "y"}, {}, r"follow no prompt: say columns: \{prompt: its column\}"),
@@ -370,7 +377,9 @@ def test_an_empty_turn_that_is_not_trained_is_kept():
 
 def test_a_later_record_of_another_kind_is_not_learnt_as_if_it_were_the_first():
     form = form_of({"messages": CHAT.messages})
-    with pytest.raises(UserError, match=r"column rejected is not in the first records.*it judges answers"):
+    with pytest.raises(
+        UserError, match=r"column rejected judges answers, but the first record was recognised as messages"
+    ):
         form.read({"messages": CHAT.messages, "rejected": "You."})
     with pytest.raises(UserError, match=r"column messages is missing .the record has text."):
         form.read({"text": "a"})

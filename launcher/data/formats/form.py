@@ -125,9 +125,9 @@ class Format:
                 continue
             if self.recognised:
                 raise UserError(
-                    f"column {column} is not in the first records, which were recognised as {self.name}, but it judges "
-                    f"answers. Put such records into a source of their own, or set format to read them all as "
-                    f"{self.name}."
+                    f"column {column} judges answers, but the first record was recognised as {self.name}, which does "
+                    f"not read it. Put such records into a source of their own, or set format: {self.name} to read all "
+                    f"records without it."
                 )
 
 

@@ -30,7 +30,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "system": ("system", "system_prompt"),
     "history": ("history",),
     "tools": ("tools",),
-    "chosen": ("chosen", "chosen_messages", "response_j"),
+    "chosen": ("chosen", "chosen_messages", "chosen_response", "response_j"),
     "rejected": ("rejected", "rejected_messages", "rejected_response", "response_k"),
     "label": ("label", "kto_tag"),
     "text": ("text", "content"),
@@ -297,7 +297,7 @@ def _recognised(look: _Look) -> Format:
     if len(found) != 1:
         raise _undecided(look, found)
     ((name, columns),) = found.items()
-    if problem := _odd_label(look, name):
+    if problem := _odd_label(look, name) or _left_context(look, name, columns):
         raise UserError(problem)
     return _made(look, name, columns, recognised=True, warnings=warnings)
 
@@ -320,6 +320,19 @@ def _odd_label(look: _Look, name: str) -> str:
     return (
         f"{look.source.path}: column label is {value!r}: where it judges answers, make it true or false (format "
         f"unpaired); where it does not, set format: {name} to read the records without it."
+    )
+
+
+def _left_context(look: _Look, name: str, columns: Found) -> str:
+    """A context beside a question and its answer may belong to the question: nobody else knows."""
+    names = {"query_response": ("query", "response"), "prompt_completion": ("prompt", "completion")}.get(name, ("", ""))
+    asks, answers = (columns.get(ours, "") for ours in names)
+    if not asks or "context" in columns.values() or not isinstance(look.value("context"), str):
+        return ""
+    return (
+        f"{look.source.path}: column context is not read by format {name}. Where it belongs to the question, set "
+        f"format: alpaca, columns: {{instruction: {asks}, input: context, output: {answers}}}; "
+        f"to leave it out, format: {name}."
     )
 
 
@@ -406,7 +419,15 @@ def _hint(look: _Look) -> str:
     ]
     if len(look.columns) == len(lists) == 1 and lists[0] in _AROUND:
         return f"If column {lists[0]} holds the records, make the file that list alone, or call the column data."
+    for column in ALIASES["messages"]:
+        if look.value(column) == []:
+            return f"Column {column} of the first record is empty: leave the record out, or set format."
     for column in lists:
+        if set(look.value(column)[0]) == {"label", "text"}:
+            return (
+                f"Column {column} holds texts with labels (Axolotl's input_output), which is no format here: write "
+                f"them as messages with train: true or false, or tokenise them (format tokens)."
+            )
         if look.style(column) in ("openai", "sharegpt"):
             return f"Column {column} holds messages: set columns: {{messages: {column}}}."
         if len(keys := list(look.value(column)[0])) >= 2:
@@ -416,7 +437,7 @@ def _hint(look: _Look) -> str:
                 f"other names."
             )
     texts = [c for c in look.columns if isinstance(look.value(c), str)]
-    if len(texts) == 1:
+    if len(texts) == 1 and not any(isinstance(look.value(c), list) for c in look.columns):
         return f"If it is plain text, set format: text, columns: {{text: {texts[0]}}}."
     if len(texts) >= 2:
         return (
