@@ -25,7 +25,7 @@ from launcher.data.seek import File
 from launcher.errors import UserError
 
 if TYPE_CHECKING:
-    from launcher.data.tokenize import Group
+    from launcher.data.encoder import Group
 
 COMPARED = "answers to compare or to judge need the stores of `launcher prepare`. Set data.streaming=false."
 OPEN_ROWS = 8  # rows of best_fit that are filled at a time
@@ -379,6 +379,8 @@ class _Reader:
             encoded = iter(list(self._tokenise(pairs)))
         except UserError as error:  # begins with the number of its pair; finding the place may take a while
             number, _, said = str(error).partition(": ")
+            if not number.isdigit():
+                raise
             raise UserError(f"{self.place(kept[int(number)].file, kept[int(number)].at)}: {said}") from error
         self._ahead.extend((read, next(encoded) if read.example is not None else None) for read in reads)
 

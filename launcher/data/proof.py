@@ -117,6 +117,11 @@ def _written(conversation: Conversation, text: str, index: int, bodies: bool) ->
     before = conversation.text(index, generation=True)
     through = conversation.text(turn)
     stop = _stop(conversation, index)
+    if not stop:
+        raise UserError(
+            f"turn {turn}: the chat template writes no stop token after an assistant turn, so the model would never "
+            f"learn to stop. Add {{{{ eos_token }}}} after it in data.chat_template."
+        )
     if not (text.startswith(through) and through.startswith(before)):
         return _written_among_others(conversation, text, index, stop, bodies)
     end = len(through.rstrip())  # white space after the stop token (ChatML's newline) is not written by the model
@@ -148,7 +153,7 @@ def _written_among_others(conversation: Conversation, text: str, index: int, sto
         )
     end = words[1] + len(tail)
     called = conversation.messages[index].get("tool_calls")
-    body = _body(text[begin:end], stop, turn, bodies) + begin if called or not stop else words[1]
+    body = _body(text[begin:end], stop, turn, bodies) + begin if called else words[1]
     return Place(index, begin, body, end)
 
 
@@ -181,11 +186,6 @@ def _given(conversation: Conversation, text: str, index: int) -> Place:
 
 def _body(written: str, stop: str, turn: int, bodies: bool) -> int:
     """Length of what is written without what ends it."""
-    if not stop:
-        raise UserError(
-            f"turn {turn}: the chat template writes no stop token after an assistant turn, so the model would never "
-            f"learn to stop. Add {{{{ eos_token }}}} after it in data.chat_template."
-        )
     if written.endswith(stop):
         return len(written) - len(stop)
     if bodies:

@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from launcher.data.chat import MaskRule, render, template_of
+from launcher.data.encoder import APART, Encoder
 from launcher.data.formats import Chat, Completion, Text
-from launcher.data.tokenize import APART, Encoder
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
 from launcher.errors import UserError
 from tests.data.make import CHATML, tiny_tokenizer

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from launcher.data import lanes, seek
+from launcher.data.encoder import Group
 from launcher.data.formats import Text
 from launcher.data.lanes import WHOLE_FILE, Feed, Lane, LaneState, Rules
 from launcher.data.sources import find
-from launcher.data.tokenize import Group
 from launcher.errors import UserError
 from launcher.recipe.schema import Source
 

@@ -6,13 +6,13 @@ import pytest
 
 from launcher.data import shapes
 from launcher.data.chat import MaskRule, render
+from launcher.data.encoder import APART, Encoder
 from launcher.data.formats import Chat, Completion, Labelled, Pair, Text, Tokens
 from launcher.data.left_out import CONTENT_LEFT_OUT, REASONING_LEFT_OUT
 from launcher.data.prepare import prepare
 from launcher.data.proof import prove
 from launcher.data.store import Side
 from launcher.data.template import Template, missing_tokens, special_tokens
-from launcher.data.tokenize import APART, Encoder
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer, replaces_template
 from launcher.errors import UserError
 from launcher.recipe.schema import from_dict

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from launcher.data import shapes
 from launcher.data.chat import MaskRule
+from launcher.data.encoder import Encoder
 from launcher.data.formats import Chat
 from launcher.data.proof import Conversation, prove
 from launcher.data.template import Template, special_tokens
-from launcher.data.tokenize import Encoder
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
 from launcher.errors import UserError
 from launcher.shipped import chat_template, chat_templates
