@@ -157,17 +157,18 @@ def _sample_texts(tables: list[Any], names: list[str]) -> Iterator[str]:
     for first in range(step):
         for i, begin in blocks[first::step]:
             end = min(begin + _SAMPLE_RECORDS, len(tables[i]))
-            yield from _strings(records(tables[i], begin, end, names[i]))
+            yield from strings(records(tables[i], begin, end, names[i]))
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> Iterator[str]:
+    """Every string inside of a record."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        yield from _strings(list(value.values()))
+        yield from strings(list(value.values()))
     elif isinstance(value, list):
         for one in value:
-            yield from _strings(one)
+            yield from strings(one)
 
 
 def _tokenise(

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,16 @@ from launcher.data.batches import MicroBatch, lay
 from launcher.data.cache import cache_folder
 from launcher.data.chat import MaskRule
 from launcher.data.corpora import content_hash, encoding_of, tokenizer_of
+from launcher.data.encode import REPAID_BYTES, TextEncoder, judge
+from launcher.data.encoder import Encoder
 from launcher.data.formats import Format, Labelled, Pair, Skip, choose
 from launcher.data.lanes import COMPARED, WHOLE_FILE, Feed, Lane, LaneState, Rules, Streamed
 from launcher.data.names import source_names
+from launcher.data.parts import strings
 from launcher.data.remote import Address, stamp
 from launcher.data.seek import File, Found, Shelf, open_files
 from launcher.data.sources import Listing, find
 from launcher.data.store import Document
-from launcher.data.tokenize import Encoder
 from launcher.data.tokenizer import load_tokenizer, missing_bytes
 from launcher.errors import UserError
 from launcher.recipe.schema import Recipe, Source
@@ -47,15 +50,18 @@ def look(recipe: Recipe, *, tokenizer: dict[str, Any], model_vocab_size: int | N
         UserError: a source, its first records or the tokenizer do not fit the recipe; names file and record.
     """
     lanes, words = recipe.train.global_batch_size, load_tokenizer(tokenizer_of(recipe))
-    encoder = _encoder(recipe, words)
     missing = missing_bytes(words)
     lacking = [f"the tokenizer has no token for {missing} of 256 bytes and drops them from texts"] if missing else []
     limit = model_vocab_size or tokenizer["vocab_size"]
     entries: list[dict[str, Any]] = []
     shelf = _shelf(recipe)
-    for name, source in zip(source_names(recipe.data.train), recipe.data.train, strict=True):
-        listing = listed(source)
-        files = open_files(listing, shelf)
+    listings = [listed(source) for source in recipe.data.train]
+    opened = [open_files(listing, shelf) for listing in listings]
+    texts = partial(_texts, [file for files in opened for file in files])
+    encoder = _encoder(recipe, words, texts, size=sum(_size(listing) for listing in listings))
+    for name, source, listing, files in zip(
+        source_names(recipe.data.train), recipe.data.train, listings, opened, strict=True
+    ):
         form, file, first = _recognise(listing.source, files, recipe)
         encoder.check(form)
         largest = _try(file, form, first, encoder)
@@ -107,7 +113,7 @@ class Lanes:
             overlong=data.overlong, buffer=max(1, data.shuffle_buffer // entry["lanes"]),
             by="documents" if data.mix.by == "documents" else "tokens", vocab_size=entry["vocab_size"],
         )  # fmt: skip
-        encoder = _encoder(recipe, load_tokenizer(tokenizer_of(recipe)))
+        encoder = _encoder(recipe, load_tokenizer(tokenizer_of(recipe)), lambda: iter(()), size=0)
         self._feeds, self._rules, self._ranks, self._isolate = feeds, rules, ranks, data.isolate
         self._lanes = [
             Lane(lane, feeds, rules, encoder.encode, LaneState.from_arrays(states[lane]) if states else None)
@@ -228,8 +234,25 @@ def _shelf(recipe: Recipe) -> Shelf:
     return Shelf(cache_folder(recipe) / "streamed")
 
 
-def _encoder(recipe: Recipe, words: Any) -> Encoder:
-    return Encoder(words, rule=MaskRule.of(recipe.data), objective=recipe.objective.kind)
+def _encoder(recipe: Recipe, words: Any, texts: Callable[[], Iterator[str]], *, size: int) -> Encoder:
+    """With the faster encoder where `prepare` has proven it; `size` 0 looks up what was found and proves nothing."""
+    verdict = judge(words, texts, cache_folder(recipe) / "encoders", size=size)
+    rule, texts_to_ids = MaskRule.of(recipe.data), TextEncoder(words, verdict)
+    return Encoder(words, rule=rule, objective=recipe.objective.kind, texts=texts_to_ids)
+
+
+def _texts(files: Sequence[File]) -> Iterator[str]:
+    for file in files:
+        at, extent = 0, file.extent()
+        while at < extent:
+            found, at = file.read(at, extent)
+            for _, record in found:
+                yield from strings(record)
+
+
+def _size(listing: Listing) -> int:
+    """Bytes of a source, as far as this machine can tell; what lies elsewhere is large."""
+    return sum(REPAID_BYTES if isinstance(file, str) else file.stat().st_size for file in listing.files)
 
 
 def _feed(source: Source, known: Mapping[str, Any], shelf: Shelf, recipe: Recipe) -> Feed:
