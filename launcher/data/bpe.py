@@ -46,11 +46,13 @@ class NotProven(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """A byte-level BPE tokenizer as tiktoken wants it.
+    """A byte-level BPE tokenizer, taken apart.
 
     pattern: how a text is cut into words
-    ranks: token as bytes -> place in the order of merges, the 256 bytes first
-    ids: [ranks] id of each rank
+    made: tokens that merges make, by the place of the first such merge, behind the 256 bytes
+    scattered: of them, those that are made at several places of the order
+    whole: tokens that no merge makes, but that a word may be (`ignore_merges`)
+    ignore_merges: whether a word that is a token is taken whole
     added: text of an added token -> its id
     nfc: whether text is brought to Unicode's form NFC first
     before, after: ids that the tokenizer puts around a text when asked for special tokens
@@ -58,14 +60,28 @@ class Structure:
     """
 
     pattern: str
-    ranks: dict[bytes, int]
-    ids: NDArray[np.uint32]
+    made: list[str]
+    scattered: set[str]
+    whole: list[str]
+    ignore_merges: bool
     added: dict[str, int]
     nfc: bool
     before: tuple[int, ...]
     after: tuple[int, ...]
     vocabulary: dict[str, int]
     merges: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What has to be known of a tokenizer to encode as it does.
+
+    unreached: ids of tokens to which the merges never lead
+    doubtful: characters with which a text is not for tiktoken, as they are normalised differently
+    """
+
+    unreached: frozenset[int] = frozenset()
+    doubtful: str = ""
 
 
 def structure(tokenizer: Any) -> Structure:
@@ -90,46 +106,50 @@ def structure(tokenizer: Any) -> Structure:
             raise NotProven(f"its model has {key}")
     pattern = _pattern(spec["pre_tokenizer"])
     added = _added(spec["added_tokens"], normalised=spec["normalizer"] is not None)
-    ranks, ids = _ranks(model, added)
+    made, scattered = _made(model)
     before, after = _around(backend)
+    ignore_merges = bool(model.get("ignore_merges"))
+    others = model["vocab"].keys() - set(made) - added.keys() if ignore_merges else set()
+    whole = sorted(token for token in others if set(token) <= _alphabet().keys())
     return Structure(
-        pattern=pattern, ranks=ranks, ids=ids, added=added, nfc=_is_nfc(spec["normalizer"]), before=before, after=after,
-        vocabulary=model["vocab"], merges=model["merges"],
+        pattern=pattern, made=made, scattered=scattered, whole=whole, ignore_merges=ignore_merges, added=added,
+        nfc=_is_nfc(spec["normalizer"]), before=before, after=after, vocabulary=model["vocab"], merges=model["merges"],
     )  # fmt: skip
 
 
-def prove(found: Structure) -> str:
-    """Check what takes seconds: every token is reached by its own merges; both regex engines read the pattern alike.
+def prove(found: Structure) -> Proof:
+    """Check what takes seconds: where the merges lead, and that both regex engines read the pattern alike.
 
-    Returns:
-        characters with which a text is not for this encoder, as they are normalised differently.
     Raises:
-        NotProven: one of it does not hold.
+        NotProven: tiktoken could give other ids.
     """
-    _complete(found)
+    unreached = _unreached(found)
     _same_pattern(found.pattern)
-    return "".join(sorted(_doubtful())) if found.nfc else ""
+    return Proof(unreached, "".join(sorted(_doubtful())) if found.nfc else "")
 
 
 class FastEncoder:
     """tiktoken under a tokenizer's structure. Texts that it cannot take are for the tokenizer itself.
 
     Args:
-        doubtful: characters of such texts, as `prove` gives them.
+        proof: of `prove`.
     """
 
-    def __init__(self, found: Structure, *, doubtful: str) -> None:
+    def __init__(self, found: Structure, proof: Proof) -> None:
         import tiktoken
 
-        special = {text: len(found.ranks) + i for i, text in enumerate(found.added)}
+        tokens = _ranked(found, proof)
+        ranks = {_bytes(token): rank for rank, token in enumerate(tokens)}
+        special = {text: len(ranks) + i for i, text in enumerate(found.added)}
         encoding = tiktoken.Encoding(
-            "proven", pat_str=_total(found.pattern), mergeable_ranks=found.ranks, special_tokens=special
+            "proven", pat_str=_total(found.pattern), mergeable_ranks=ranks, special_tokens=special
         )
         self._encode = encoding._core_bpe.encode_to_tiktoken_buffer  # encode_to_numpy looks for special tokens twice
-        self._ids = np.concatenate([found.ids, np.array(list(found.added.values()), dtype=np.uint32)])
+        ids = [*(found.vocabulary[token] for token in tokens), *found.added.values()]
+        self._ids = np.array(ids, dtype=np.uint32)
         self._added = re.compile("|".join(map(re.escape, found.added))) if found.added else None
         self._nfc = found.nfc
-        self._doubtful = re.compile(f"[{re.escape(doubtful)}]") if doubtful else None
+        self._doubtful = re.compile(f"[{re.escape(proof.doubtful)}]") if proof.doubtful else None
         self._before = np.array(found.before, dtype=np.uint32)
         self._after = np.array(found.after, dtype=np.uint32)
 
@@ -208,27 +228,35 @@ def _added(tokens: Iterable[dict[str, Any]], *, normalised: bool) -> dict[str, i
     return found
 
 
-def _ranks(model: dict[str, Any], added: dict[str, int]) -> tuple[dict[bytes, int], NDArray[np.uint32]]:
-    """Tokens in the order of their merges. Those that no merge makes never come out, and are left away."""
-    vocabulary: dict[str, int] = model["vocab"]
-    alphabet = _alphabet()
-    if missing := [character for character in alphabet if character not in vocabulary]:
+def _made(model: dict[str, Any]) -> tuple[list[str], set[str]]:
+    """The 256 bytes, then what merges make, in their order; and what they make at several places of it."""
+    alphabet, scattered = _alphabet(), set()
+    if missing := [character for character in alphabet if character not in model["vocab"]]:
         raise NotProven(f"it has no token for {len(missing)} of 256 bytes")
-    order = dict.fromkeys(alphabet)
+    made = dict.fromkeys(alphabet)
     last = ""
     for merge in model["merges"]:
         token = "".join(_pair(merge))
-        if token != last and token in order:
-            raise NotProven(f"its merges make {token!r} at two places of their order")
-        if not alphabet.keys() >= set(token):
+        if token in made and token != last:
+            scattered.add(token)
+        elif not alphabet.keys() >= set(token):
             raise NotProven(f"its token {token!r} is not made of bytes")
-        order[token] = None
+        made[token] = None
         last = token
-    if model.get("ignore_merges"):
-        for token in vocabulary.keys() - order.keys() - added.keys():
-            raise NotProven(f"its token {token!r} comes from no merge, only as a whole word")
-    ranks = {bytes(alphabet[c] for c in token): rank for rank, token in enumerate(order)}
-    return ranks, np.array([vocabulary[token] for token in order], dtype=np.uint32)
+    return list(made), scattered
+
+
+def _ranked(found: Structure, proof: Proof) -> list[str]:
+    """Tokens in the order in which merges are made; behind them those that only whole words are."""
+    reached = [token for token in found.made if found.vocabulary[token] not in proof.unreached]
+    if not found.ignore_merges:
+        return reached
+    return [*reached, *(token for token in found.made if found.vocabulary[token] in proof.unreached), *found.whole]
+
+
+def _bytes(token: str) -> bytes:
+    alphabet = _alphabet()
+    return bytes(alphabet[character] for character in token)
 
 
 @functools.cache
@@ -267,17 +295,27 @@ def _around(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return found
 
 
-def _complete(found: Structure) -> None:
-    """The merges alone, left with the bytes of a token, must give that token."""
+def _unreached(found: Structure) -> frozenset[int]:
+    """Ids of tokens that the merges, left alone with a token's bytes, do not make of them.
+
+    Raises:
+        NotProven: such a token may be a word, and two pieces that make it may meet; or the order of one is not known.
+    """
     from tokenizers import Tokenizer, models
 
-    vocabulary, merges = found.vocabulary, [_pair(merge) for merge in found.merges]
-    bare = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    alphabet = {byte: character for character, byte in _alphabet().items()}
-    tokens = ["".join(alphabet[byte] for byte in token) for token in found.ranks]
+    vocabulary = found.vocabulary
+    bare = Tokenizer(models.BPE(vocab=vocabulary, merges=[_pair(merge) for merge in found.merges]))
+    unreached = set()
+    tokens = [*found.made, *found.whole]
     for token, encoded in zip(tokens, bare.encode_batch_fast(tokens), strict=True):
-        if encoded.ids != [vocabulary[token]]:
-            raise NotProven(f"its merges do not lead to its token {token!r}")
+        if encoded.ids == [vocabulary[token]]:
+            if token in found.scattered:
+                raise NotProven(f"its merges make {token!r} at two places of their order")
+        elif found.ignore_merges and len(encoded.ids) == 2:
+            raise NotProven(f"its merges leave {token!r} in two pieces, but a word of it is one token")
+        else:
+            unreached.add(vocabulary[token])
+    return frozenset(unreached)
 
 
 def _same_pattern(pattern: str) -> None:

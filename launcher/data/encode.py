@@ -33,12 +33,13 @@ class Verdict:
 
     proven: whether it does
     why: if it does not, the reason
-    doubtful: characters of which this Python and tokenizers know different forms; texts with them go to the tokenizer
+    unreached, doubtful: see `bpe.Proof`
     samples: texts that were compared
     """
 
     proven: bool
     why: str = ""
+    unreached: tuple[int, ...] = ()
     doubtful: str = ""
     samples: int = 0
 
@@ -60,7 +61,9 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._fast: bpe.FastEncoder | None = None
         if verdict is not None and verdict.proven:
-            self._fast = bpe.FastEncoder(bpe.structure(tokenizer), doubtful=verdict.doubtful)
+            self._fast = bpe.FastEncoder(
+                bpe.structure(tokenizer), bpe.Proof(frozenset(verdict.unreached), verdict.doubtful)
+            )
 
     def encode(self, texts: Sequence[str], *, special: bool) -> list[Any]:
         """Ids of each text, in order, as lists or uint32 arrays.
@@ -105,7 +108,8 @@ def judge(
     named = hashlib.sha256(f"{versions}\n{tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()[:32]
     file = folder / f"{named}.json"
     if file.exists():
-        return Verdict(**json.loads(file.read_text()))
+        known = json.loads(file.read_text())
+        return Verdict(**{**known, "unreached": tuple(known["unreached"])})
     if size < REPAID_BYTES:
         return None
     verdict = _found(tokenizer, texts)
@@ -119,12 +123,12 @@ def judge(
 def _found(tokenizer: Any, texts: Callable[[], Iterator[str]]) -> Verdict:
     try:
         found = bpe.structure(tokenizer)
-        doubtful = bpe.prove(found)
+        proof = bpe.prove(found)
         samples = [*_synthetic(found), *(text[:_SAMPLE_CHARACTERS] for text in islice(texts(), SAMPLES))]
-        _compare(tokenizer, bpe.FastEncoder(found, doubtful=doubtful), samples)
+        _compare(tokenizer, bpe.FastEncoder(found, proof), samples)
     except bpe.NotProven as reason:
         return Verdict(False, str(reason))
-    return Verdict(True, doubtful=doubtful, samples=len(samples))
+    return Verdict(True, unreached=tuple(sorted(proof.unreached)), doubtful=proof.doubtful, samples=len(samples))
 
 
 def _compare(tokenizer: Any, fast: bpe.FastEncoder, samples: Sequence[str]) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from launcher.data import bpe
 from launcher.data.encode import TextEncoder, Verdict, judge
@@ -61,10 +64,11 @@ def few_characters(monkeypatch):
     )
 
 
-def same_ids(tokenizer, verdict):
+def same_ids(tokenizer, verdict, *more):
+    texts = [*TEXTS, *more]
     for special in (False, True):
-        ours = TextEncoder(tokenizer, verdict).encode(TEXTS, special=special)
-        theirs = [e.ids for e in tokenizer.backend_tokenizer.encode_batch(TEXTS, add_special_tokens=special)]
+        ours = TextEncoder(tokenizer, verdict).encode(texts, special=special)
+        theirs = [e.ids for e in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=special)]
         assert [list(ids) for ids in ours] == theirs
 
 
@@ -94,9 +98,65 @@ def reorder(spec):
     merges.append(merges.pop(0))
 
 
-def lone_token(spec):
+def whole_word(spec):
+    """A word that is a token is taken whole, though its merges leave it in many pieces."""
     spec["model"]["ignore_merges"] = True
     spec["model"]["vocab"]["zqzq"] = 5000
+
+
+def all_pairs(spec):
+    """As lists that are derived from tiktoken's files: a merge for each way to cut a token into two."""
+    vocabulary, order = spec["model"]["vocab"], dict.fromkeys("".join(m) for m in spec["model"]["merges"])
+    cuts = [[token[:i], token[i:]] for token in order for i in range(1, len(token))]
+    spec["model"]["merges"] = [cut for cut in cuts if cut[0] in vocabulary and cut[1] in vocabulary]
+    spec["model"]["ignore_merges"] = True
+
+
+def two_pieces(spec):
+    spec["model"]["ignore_merges"] = True
+    spec["model"]["vocab"]["zq"] = 5000
+
+
+def scatter(spec):
+    """The first token of three letters gets another merge, at the end."""
+    merges = spec["model"]["merges"]
+    one = next("".join(merge) for merge in merges if len("".join(merge)) == 3)
+    pairs = {tuple(merge) for merge in merges}
+    merges.append(next([one[:i], one[i:]] for i in (1, 2) if (one[:i], one[i:]) not in pairs))
+    spec["model"]["vocab"] |= {
+        part: 6000 + i for i, part in enumerate(merges[-1]) if part not in spec["model"]["vocab"]
+    }
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(st.randoms(use_true_random=False), st.booleans(), st.booleans())
+def test_any_list_of_merges_that_is_believed_gives_the_same_ids(random, ignore_merges, shuffled):
+    """Merges of every kind: of parts that come later or never, several for one token, anywhere in the list."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokens, merges = ["a", "b", "c"], []
+    for _ in range(random.randint(1, 25)):
+        pair = (random.choice(tokens), random.choice(tokens))
+        if pair not in merges and len("".join(pair)) < 7:
+            merges.append(pair)
+            tokens.append("".join(pair))
+    if shuffled:
+        random.shuffle(merges)
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*bpe._alphabet(), *tokens]))}
+    vocabulary |= {"".join(random.choices("abc", k=5)): 900 + i for i in range(3)} if ignore_merges else {}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    found = bpe.structure(SimpleNamespace(is_fast=True, backend_tokenizer=backend))
+    try:
+        proof = bpe.Proof(bpe._unreached(found))
+    except bpe.NotProven:
+        return
+    words = ["".join(random.choices("abc", k=random.randint(1, 40))) for _ in range(60)]
+    words += [*vocabulary][256:] + ["".join(random.choices(tokens, k=3)) for _ in range(30)]
+    for word, ids in zip(words, bpe.FastEncoder(found, proof).encode(words, special=False), strict=True):
+        assert ids.tolist() == backend.encode(word).ids, word
 
 
 def prefix(spec):
@@ -104,12 +164,20 @@ def prefix(spec):
 
 
 @pytest.mark.usefixtures("few_characters")
+@pytest.mark.parametrize("change", [drop_merge, reorder, whole_word, all_pairs])
+def test_merges_that_lead_elsewhere_than_their_tokens_give_the_same_ids(tmp_path, change):
+    tokenizer = make(tmp_path, change=change)
+    verdict = judge(tokenizer, lambda: iter(TEXTS), tmp_path / "encoders")
+    assert verdict.proven, verdict.why
+    same_ids(tokenizer, verdict, "zqzq zqz zq qzqzq", "zqzqzqzq")
+
+
+@pytest.mark.usefixtures("few_characters")
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (drop_merge, "do not lead to its token"),
-        (reorder, "do not lead to its token"),
-        (lone_token, "comes from no merge"),
+        (two_pieces, "in two pieces"),
+        (scatter, "at two places"),
         (prefix, "is the beginning of"),
         (lambda spec: spec["added_tokens"][0].update(lstrip=True), "takes in white space"),
         (lambda spec: spec["model"].update(dropout=1e-30), "dropout"),
@@ -157,7 +225,7 @@ def test_a_sample_that_differs_overrules_the_proof(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("few_characters")
 def test_what_the_faster_encoder_cannot_take_goes_to_the_tokenizer(tmp_path):
     tokenizer = make(tmp_path, nfc=True)
-    fast = bpe.FastEncoder(bpe.structure(tokenizer), doubtful="q")
+    fast = bpe.FastEncoder(bpe.structure(tokenizer), bpe.Proof(doubtful="q"))
     texts = ["plain", "e\u0301", " " * 2_000_000, "\u00e9q", "q"]
     taken = [ids is not None for ids in fast.encode(texts, special=False)]
     assert taken == [True, False, False, False, True]
