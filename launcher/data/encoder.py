@@ -19,6 +19,7 @@ from launcher.data.store import Side
 from launcher.data.template import Template, special_tokens
 from launcher.errors import UserError
 
+OVER = "a token reaches over the border of a trained turn"
 APART = "tokenised apart where a token would reach over the border of a turn"
 
 Ids = NDArray[np.uint32]
@@ -88,8 +89,10 @@ class Encoder:
         self._fill([job for record in jobs for job in record])
         for (where, _), group, record in zip(examples, groups, jobs, strict=True):
             with placed(where):
-                for job in record:
-                    group.documents.append((*self._weighted(job, group), job.side))
+                try:
+                    group.documents += [(*self._weighted(job, group), job.side) for job in record]
+                except Skip as skip:
+                    group.dropped = str(skip)
             group.dropped = group.dropped or _nothing_to_learn(group.documents)
             yield group
 
@@ -158,11 +161,7 @@ class Encoder:
         if None in borders:
             apart = self._cutter.apart(rendered.text, ids, job.cuts)
             if apart is None:
-                turn, place = job.at(borders.index(None))
-                raise UserError(
-                    f"turn {turn}: a token reaches over the place where the turn {place}, so which tokens are trained "
-                    f"cannot be proven. Strip white space at the ends of its content."
-                )
+                raise Skip(OVER)
             ids, borders = apart[0], list(apart[1])
             group.changed += [APART] if APART not in group.changed else []
         weights = np.full(ids.size, rendered.base, dtype=np.float32)
@@ -224,11 +223,6 @@ class _Job:
     @property
     def cuts(self) -> list[int]:
         return [at for span in (self.rendered.spans if self.rendered else []) for at in (span.begin, span.end)]
-
-    def at(self, cut: int) -> tuple[int, str]:
-        """Turn and place of one of the cuts."""
-        assert self.rendered is not None
-        return self.rendered.spans[cut // 2].turn, "ends" if cut % 2 else "begins"
 
 
 def _answer(one: Chat | Completion, other: Chat | Completion) -> Chat | Completion:

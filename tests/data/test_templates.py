@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from launcher.data import shapes
 from launcher.data.chat import MaskRule, render
-from launcher.data.encoder import APART, Encoder
+from launcher.data.encoder import APART, OVER, Encoder
 from launcher.data.formats import Chat, Completion, Labelled, Pair, Text, Tokens
 from launcher.data.left_out import CONTENT_LEFT_OUT, REASONING_LEFT_OUT
 from launcher.data.prepare import prepare
@@ -496,3 +498,17 @@ def test_prepare_counts_what_is_dropped_and_changed_and_says_whose_template_is_r
     assert "data.chat_template replaces the tokenizer's own" in train["formats"][0]
     with pytest.raises(UserError, match=r"strict: .*\n.*special token <\|im_end\|>.*a\.jsonl: record 1 \(row 2\)"):
         prepare(from_dict(values), strict=True)
+
+
+def test_a_record_is_dropped_where_a_token_reaches_over_and_pieces_would_be_another_text():
+    pieces = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    pieces.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(special_tokens=special, vocab_size=40)
+    pieces.train_from_iterator(["assistant\n\n", "user\n", "A Q"] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<|im_end|>", chat_template=CHATML)
+    encoder = Encoder(tokenizer, rule=MaskRule(), objective="sft")
+    good, bad = encoder.encode([("f", Chat([user("Q"), assistant("A")])), ("f", Chat([user("Q"), assistant("\nA")]))])
+    assert trained(tokenizer, good.documents[0]) == "A<|im_end|>"
+    assert (bad.dropped, bad.documents) == (OVER, [])
