@@ -29,7 +29,7 @@ STRATEGIES = ("ddp", "fsdp2", "zero3-offload")
 SIZES = {"1x8": "cluster=node8", "2x8": "cluster=node8x2"}
 COMMON = ("plan.json", "fsdp2.json", "ddp.json", "deepspeed.json")  # files of a job that no target changes
 NEEDED = {  # what a target cannot do without
-    "kubernetes": ["cluster.kubernetes.image=ghcr.io/your-team/launcher:0.3.0", "cluster.kubernetes.claim=training",
+    "kubernetes": ["cluster.kubernetes.image=ghcr.io/your-team/launcher:0.4.0", "cluster.kubernetes.claim=training",
                    "cluster.kubernetes.secret=launcher-env"],
     "ray": ["cluster.ray.address=http://head:8265"],
 }  # fmt: skip

@@ -28,12 +28,12 @@ from tests.jobs.test_targets import assert_golden
 
 KINDS = ("jobset", "trainjob", "rayjob")
 RECIPES = sorted(folder("recipes").glob("*.yaml"))
-NEEDED = ["cluster.target=kubernetes", "cluster.kubernetes.image=ghcr.io/team/launcher:0.3.0",
+NEEDED = ["cluster.target=kubernetes", "cluster.kubernetes.image=ghcr.io/team/launcher:0.4.0",
           "cluster.kubernetes.claim=runs", "run.dir=/shared/runs"]  # fmt: skip
 CRDS = pytest.mark.skipif(CRD_DIR not in os.environ, reason=f"{CRD_DIR} names no folder with CRDs")
 
 FULL = Kubernetes(
-    namespace="team-a", image="ghcr.io/team/launcher:0.3.0", pull_secrets=["registry"], claim="runs",
+    namespace="team-a", image="ghcr.io/team/launcher:0.4.0", pull_secrets=["registry"], claim="runs",
     secret="launcher-env", service_account="trainer", queue="gpu-queue", priority_class="research",
     topology="cloud.provider.com/topology-rack", topology_required=True, cpus="96", memory="1Ti", shm="64Gi",
     node_selector={"gpu": "h100"}, labels={"team": "a"}, annotations={"example.com/note": "it's ours"},
@@ -473,7 +473,7 @@ def test_the_recipe_that_the_wrong_ones_change_is_right(tmp_path: Path):
 
 WRONG = [
     (["image=null"], "image = null: expected a container image that holds launcher and its extras"),
-    (["image='my image'"], "image = my image: expected an image reference, as ghcr.io/team/launcher:0.3.0"),
+    (["image='my image'"], "image = my image: expected an image reference, as ghcr.io/team/launcher:0.4.0"),
     (["claim=null"], "claim = null: expected the name of a ReadWriteMany PersistentVolumeClaim"),
     (["claim=My_Claim"], "claim = My_Claim: expected a name of letters a-z, digits, - and ."),
     (["namespace=team.a"], "namespace = team.a: expected letters a-z, digits and - (at most 63)"),

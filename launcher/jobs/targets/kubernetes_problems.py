@@ -40,7 +40,7 @@ def _needed(spec: JobSpec, k8s: Kubernetes) -> Iterator[Problem]:
         fix = "docs/kubernetes.md has a Dockerfile."
         yield Problem(f"{KEY}.image", None, "a container image that holds launcher and its extras", fix)
     elif not rules.is_image(k8s.image):
-        yield Problem(f"{KEY}.image", k8s.image, "an image reference, as ghcr.io/team/launcher:0.3.0")
+        yield Problem(f"{KEY}.image", k8s.image, "an image reference, as ghcr.io/team/launcher:0.4.0")
     if k8s.claim is None:
         fix = "All pods share the run directory on it."
         yield Problem(f"{KEY}.claim", None, "the name of a ReadWriteMany PersistentVolumeClaim", fix)
