@@ -63,7 +63,7 @@ def test_what_makes_sense_is_allowed(data):
         ({"train_roles": ["asistant"]}, "data.train_roles.0 = asistant: expected system, user, assistant. Did you"),
         ({"train_roles": ["user", "user"]}, "data.train_roles.1 = user: expected each role once."),
         ({"train_roles": []}, "data.train_roles = []: expected at least one role."),
-        ({"train_roles": ["user"], "train_on": "last_assistant"}, "data.train_roles = [user]: expected [assistant] with"),
+        ({"train_roles": ["user"], "train_on": "last_assistant"}, "data.train_roles = [user]: expected [assistant]"),
         ({"train_roles": ["user"], "train_on": "all"}, "data.train_roles = [user]: expected the default with train_on"),
         ({"train_end_of_turn": False, "train_on": "all"}, "data.train_end_of_turn = false: expected the default with"),
         ({"placeholders": {"my name": "x"}}, "data.placeholders.my name = x: expected names as they stand between"),
