@@ -236,18 +236,21 @@ class Drawn:
 
 
 def _drawn(tables: list[Any], count: int) -> list[Any]:
-    """`count` records of all tables, by chance; every one at least once where there are more to draw than records."""
+    """`count` records of all tables, by chance; where there are fewer, each is drawn again only after all others."""
     import numpy as np
 
     ends = np.cumsum([len(table) for table in tables])
     total, random = int(ends[-1]), np.random.default_rng(_DRAWN)
-    rows = random.permutation(total)[:count]
-    if total and count > total:
-        rows = np.concatenate([rows, random.integers(0, total, count - total)])
+    rounds = [random.permutation(total)[: count - done] for done in range(0, count if total else 0, max(1, total))]
     found = []
     for table, end in zip(tables, ends.tolist(), strict=True):
-        begin = end - len(table)
-        found.append(Drawn(table, rows[(rows >= begin) & (rows < end)] - begin))
+        begin, rows = end - len(table), np.zeros(0, dtype=np.int64)
+        for drawn in rounds:
+            own = drawn[(drawn >= begin) & (drawn < end)] - begin
+            if own.size and rows.size and own[0] == rows[-1]:
+                own = np.roll(own, 1)  # two neighbours of one record would be taken for its pieces
+            rows = np.concatenate([rows, own])
+        found.append(Drawn(table, rows))
     return found
 
 

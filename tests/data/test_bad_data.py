@@ -251,3 +251,20 @@ def test_a_tokenizer_without_a_template_is_refused_for_conversations(prepared, t
     with pytest.raises(UserError, match="the tokenizer has no chat template, which conversations need"):
         prepared([GOOD], tokenizer=bare)
     assert prepared([{"text": "a"}], tokenizer=bare)["documents"] == 1
+
+
+def test_what_a_registry_leaves_out_is_counted_and_a_drawn_record_is_named_by_its_row(prepared, tmp_path):
+    source = {"path": f"{tmp_path}/dataset_info.json#x"}
+    odd = [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]
+    fine = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    entry = {"file_name": "a.jsonl", "formatting": "sharegpt", "num_samples": 5}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
+    made = prepared(
+        [{"conversations": turns} for turns in (fine, odd, fine)], source=source
+    )  # one or two of them twice
+    (reason,) = made["dropped"]
+    assert reason.startswith("turns do not alternate")
+    assert made["dropped"][reason] in (1, 2)
+    assert any("5 records are drawn by chance" in warning for warning in made["warnings"])
+    with pytest.raises(UserError, match=r"a.jsonl: record 2 \(row 3\): turn 2: 'value' is null"):
+        prepared([{"conversations": t} for t in (fine, fine, [fine[0], {"from": "gpt"}])], source=source)
