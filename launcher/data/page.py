@@ -131,7 +131,8 @@ def _document(document: dict[str, Any], hue: int, scale: float) -> str:
     trained = sum(token["trained"] for token in document["tokens"])
     body = "".join(_piece(piece, scale) for piece in pieces(document["tokens"]))
     return (
-        f'<article class="{side}" style="--hue:{hue}"><header><span><i class="dot"></i>{_file(document["source"])}</span>'
+        f'<article class="{side}" style="--hue:{hue}"><header>'
+        f'<span><i class="dot"></i>{_file(document["source"])}</span>'
         f"<span>record {document['record']}</span>{label}"
         f'<span class="quiet">{_many(len(document["tokens"]), "token")}, {trained:,} trained</span></header>'
         f'<pre dir="auto">{body}</pre></article>'
