@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from launcher.data.stream import look
+from launcher.data.stream import Lanes, look
 from launcher.data.tokenizer import TokenizerSpec, describe_tokenizer, load_tokenizer
-from launcher.recipe.schema import Source, to_dict
+from launcher.recipe.schema import Source, from_dict, to_dict
 from launcher.run.control import clear_stop, read_outcomes, request_stop
 from launcher.run.data import VERSION
 from launcher.run.directory import RunDirectory
@@ -21,6 +22,7 @@ from launcher.run.ledger import start_attempt, valid_checkpoints
 from launcher.trainer.checkpoint.lanes import read_lanes
 from launcher.trainer.checkpoint.reader import Reader, read_manifest
 from launcher.trainer.metrics import read_metrics
+from launcher.trainer.stream import StreamBatches
 from tests.data.make import tiny_tokenizer, write_jsonl
 from tests.ranks import run_ranks
 from tests.trainer import make
@@ -59,7 +61,6 @@ def rank_of_stream(rank: int, world_size: int, path: str, attempt: int, how: str
     """Run a rank, killed or asked to stop at step `at`; notes in a file what it was given, tells what it raised."""
     from launcher.trainer import loop
     from launcher.trainer.main import run_rank
-    from launcher.trainer.stream import StreamBatches
 
     accumulate, step = loop.accumulate, StreamBatches.step
 
@@ -168,12 +169,39 @@ def test_l5_a_stream_goes_on_over_other_numbers_of_ranks_with_the_same_samples_i
     assert tokens[0] / tokens.sum() == pytest.approx(0.75, abs=0.05)
 
 
+def test_what_is_lost_is_told_when_it_doubles_and_a_save_takes_the_state_of_its_own_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = streaming_run(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "" if i % 9 == 4 else f"{i} upon a time"} for i in range(150)])
+    recipe, entry = from_dict(run.read_recipe()), run.read_json("data.json")["train"]
+
+    def lanes() -> Lanes:
+        return Lanes(recipe, entry, rank=0, ranks=1)
+
+    batches = StreamBatches(lanes(), global_batch_size=LANES, micro_batch_size=2, ranks=1, first=0, last=4)
+    steps = [batches.step(step) for step in range(4)]
+    assert [sum(batch.source_tokens) == batch.tokens for batch in steps] == [True] * 4
+    assert [batch.weight for batch in steps] == [sum(float(m.weights.sum()) for m in batch.micro) for batch in steps]
+    said = [line for line in capsys.readouterr().out.splitlines() if "dropped" in line]
+    assert said
+    assert all("(empty; the first is " in line and "a.jsonl: line " in line for line in said)
+    counts = [int(line.split("dropped: ")[1].split()[0].replace(",", "")) for line in said]
+    assert all(later > earlier for earlier, later in pairwise(counts))
+    again = lanes()
+    for _ in range(3):
+        again.rows()
+    ours = batches.behind(3)()
+    for number, state in again.state().items():
+        for name, array in state.arrays().items():
+            assert ours[number][name].tobytes() == array.tobytes()
+
+
 def rank_that_waits(rank: int, world_size: int, path: str) -> list[str]:
     """Rank 0 prepares a batch that rank 1 never comes to, and gives up; then both go, whatever waits."""
     import threading
     import time
 
-    from launcher.recipe.schema import from_dict
     from launcher.trainer import objectives
     from launcher.trainer.checkpoint.manager import CheckpointManager
     from launcher.trainer.distributed import Ranks
