@@ -134,7 +134,7 @@ def launcher(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_mix_of_all_of_them_is_learnt_for_20_steps(folder: Path):
     sources = [{"path": str(INPUTS / file)} for file in CHATS]
     path = write(folder, *sources, run={"dir": str(folder / "runs"), "name": "mix"})
-    ended = launcher(folder, "run", path.name)
+    ended = launcher(folder, "run", path.name, "data.seq_len=512")
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     lines = [json.loads(line) for line in (folder / "runs" / "mix" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]

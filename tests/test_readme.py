@@ -41,6 +41,7 @@ def test_the_links_of_the_readme_exist():
 
 
 @pytest.mark.gloo
+@pytest.mark.timeout(1200)
 def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from launcher.demo.__main__ import _build_inputs
 
