@@ -63,3 +63,17 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
         until("the job in the background to end", lambda: all(status(job).state in OVER for job in jobs))
     assert [status(job).state for job in jobs] == ["cancelled"]
     assert (tmp_path / "demo" / "runs" / "short" / "final" / "model.safetensors").exists()
+
+
+def test_the_data_section_is_one_that_check_accepts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from launcher.recipe.check import load
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/chat.jsonl", "heldout/a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "data" / "dataset_info.json").write_text('{"identity": {"file_name": "chat.jsonl"}}')
+    section = README.split("## Data\n")[1].split("```yaml\n")[1].split("```")[0]
+    head = "model: {name: org/model}\ntrain: {global_batch_size: 8, epochs: 1}\n"
+    (tmp_path / "recipe.yaml").write_text(head + section)
+    assert len(load("recipe.yaml").recipe.data.train) == 2
