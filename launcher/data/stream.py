@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -312,8 +313,15 @@ def _fingerprint(listing: Listing) -> str:
     source = listing.source
     return content_hash(
         listing.kind, source.split, source.subset, source.format, source.columns, source.tags,
-        [(str(f).rpartition("/")[2], stamp(f) if isinstance(f, str) else f.stat().st_size) for f in listing.files],
+        [_identity(file) for file in listing.files],
     )  # fmt: skip
+
+
+def _identity(file: Path | Address) -> str:
+    """What tells a file from another version of it; a hub's address holds the revision."""
+    if not isinstance(file, str):
+        return f"{file.name} {file.stat().st_size}"
+    return file if file.startswith("hf://") else f"{file.rpartition('/')[2]} {stamp(file)}"
 
 
 def _shares(recipe: Recipe) -> list[float]:

@@ -116,11 +116,18 @@ class StreamBatches:
         return found
 
     def _gathered(self, value: Any) -> list[Any]:
-        """Every rank's value; all ranks call it at the same step."""
+        """Every rank's value; all ranks call it at the same step.
+
+        Raises:
+            ConnectionError: a rank is gone.
+        """
         if self._group is None:
             return [value]
         values: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(values, value, group=self._group)
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise ConnectionError(f"the ranks could not tell each other of their rows: {error}") from error
         return values
 
     def _say(self, state: dict[int, LaneState]) -> None:
