@@ -134,12 +134,13 @@ class Encoder:
             raise Skip(f"the special token {token} inside of the tools")
 
     def _fill(self, jobs: Sequence[_Job]) -> None:
-        """Encode the jobs' texts, and find the tokens at the borders of trained turns."""
+        """Encode the jobs' texts, and find the tokens at the borders of trained turns and at the end of prompts."""
         for special in (False, True):
             some = [job for job in jobs if job.special == special]
             ids = iter(self._encoder.encode([text for job in some for text in job.texts], special=special))
             for job in some:
                 job.ids = [np.asarray(next(ids), dtype=np.uint32) for _ in job.texts]
+        self._join([job for job in jobs if isinstance(job.example, Completion)])
         chats = [job for job in jobs if job.rendered is not None and job.cuts]
         borders = self._cutter.borders([j.texts[0] for j in chats], [j.ids[0] for j in chats], [j.cuts for j in chats])
         for job, found in zip(chats, borders, strict=True):
@@ -169,12 +170,17 @@ class Encoder:
             weights[borders[2 * i] : borders[2 * i + 1]] = span.weight
         return ids, _compact(weights)
 
+    def _join(self, jobs: Sequence[_Job]) -> None:
+        """Make prompts begin their texts, with the ids of the prompt alone: a model that writes is given these."""
+        for job in jobs:
+            job.ids = [self._unended(ids) for ids in job.ids]
+        merged = [job for job in jobs if not np.array_equal(job.ids[1][: job.ids[0].size], job.ids[0])]
+        rests = self._encoder.encode([job.texts[1][len(job.texts[0]) :] for job in merged], special=False)
+        for job, rest in zip(merged, rests, strict=True):
+            job.ids[1] = np.concatenate([job.ids[0], np.asarray(rest, dtype=np.uint32)])
+
     def _completion(self, job: _Job, example: Completion) -> tuple[Ids, Weights]:
-        """The prompt's ids are those of the prompt alone, because that is what the model is given when it writes."""
-        prompt, whole = (self._unended(ids) for ids in job.ids)
-        if not np.array_equal(whole[: prompt.size], prompt):
-            rest = self._encoder.encode([example.completion], special=False)[0]
-            whole = np.concatenate([prompt, np.asarray(rest, dtype=np.uint32)])
+        prompt, whole = job.ids
         ids = self._ended(whole)
         weights = np.ones(ids.size, dtype=np.uint8)
         weights[: 0 if job.rule.train_on == "all" else prompt.size] = 0
