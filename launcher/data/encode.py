@@ -23,7 +23,7 @@ from launcher.data import bpe
 
 SAMPLES = 20_000  # texts that both encoders are given before the faster one is believed
 REPAID_BYTES = 16 << 20  # of records; less than that is encoded before a proof would be found
-_SAMPLE_CHARACTERS = 1000
+_SAMPLE_CHARACTERS = 300
 _AT_ONCE = 500
 
 

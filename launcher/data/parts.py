@@ -26,6 +26,7 @@ Progress = Callable[[str, int, int], None]  # (what is going on, done, total); t
 
 SHARD_BYTES = 4 << 20  # a shard of about so many bytes of records ...
 MOST_SHARDS = 4096  # ... or as many as keep their number below this
+_REPAID_SHARDS = 8  # by tiktoken in one process, which takes more than a second to start
 _SAMPLE_RECORDS, _SAMPLE_BLOCKS = 100, 200
 
 
@@ -195,7 +196,10 @@ def _manifest(opened: _Opened) -> dict[str, Any]:
 
 
 def _run(context: ShardContext, shards: list[Shard], num_workers: int) -> Iterable[Any]:
-    if len(shards) <= 1 or num_workers == 1:
+    """Shards as they are made: by processes, or here where so few of them would not repay a process's start."""
+    fast = context.verdict is not None and context.verdict.proven
+    num_workers = min(num_workers, max(1, len(shards) // (_REPAID_SHARDS if fast else 1)))
+    if num_workers == 1:
         return (tokenise_shard(context, shard) for shard in shards)
     return map_unordered(tokenise_shard, context, shards, num_workers=num_workers)
 
