@@ -98,6 +98,28 @@ def test_a_stop_while_the_data_is_prepared_has_no_checkpoint_and_says_that_nothi
     assert json.loads(run.state_file.read_text())["status"] == "preempted"
 
 
+def test_what_preparing_found_is_said_before_any_rank_starts(run, monkeypatch):
+    train = {"name": "a", "dropped": {"empty": 2}, "changed": {"truncated to seq_len": 1}, "groups": {"plain": 9}}
+    held = {"name": "held", "dropped": {}, "changed": {}, "groups": {"plain": 3, "pairs": 1}}
+    data = {
+        "version": 2, "leaked": {"held": 1},
+        "train": {"sources": [train], "warnings": ["a.jsonl: odd"], "duplicates": 4, "groups": {"plain": 9}},
+        "eval": {"sets": [held], "warnings": []},
+    }  # fmt: skip
+    monkeypatch.setattr(supervisor, "is_prepared", lambda *_: False)
+    monkeypatch.setattr(supervisor, "prepare_in_child", lambda *_, **__: run.data_file.write_text(json.dumps(data)))
+    monkeypatch.setattr(supervisor, "complete_plan", lambda _: None)
+    said = io.StringIO()
+    assert supervisor.prepared(run, Recipe(), Console(said), Signals()) is None
+    assert said.getvalue().splitlines() == [
+        "train: warning: a.jsonl: odd",
+        "train: dropped: 2 (empty)",
+        "train: changed: 1 (truncated to seq_len)",
+        "train: 4 of 9 records have the text of an earlier one",
+        "eval held: warning: 1 of 4 records are in the training data, too; its loss will look better than it is",
+    ]
+
+
 @pytest.mark.slow
 def test_an_end_that_cannot_be_written_is_one_line_and_the_exit_code_stays(run, capsys):
     run.ledger_file.unlink()
