@@ -142,6 +142,8 @@ def group(limit: int) -> Iterator[Any]:
         try:
             path.mkdir()
             try:
+                if not (path / "cgroup.procs").exists():  # a plain folder: nothing of that version is mounted here
+                    raise OSError
                 (path / key).write_text(str(limit))
             except OSError:
                 path.rmdir()
