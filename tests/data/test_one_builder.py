@@ -22,6 +22,9 @@ import json, sys, time
 from launcher.data import parts
 from launcher.data.prepare import prepare
 from launcher.recipe.schema import from_dict
+
+pytestmark = pytest.mark.slow
+
 parts.SHARD_BYTES = 3000
 pause = float(sys.argv[2])
 def progress(what, done, total):

@@ -58,6 +58,7 @@ def flat(lists):
     return [x for inner in lists for x in inner]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=FRESH)
 @given(documents=plain, packing=st.sampled_from(["best_fit", "concat", "none"]))
 def test_every_token_of_plain_documents_is_in_one_row_and_no_row_is_too_long(tmp_path, documents, packing):
@@ -75,6 +76,7 @@ def test_every_token_of_plain_documents_is_in_one_row_and_no_row_is_too_long(tmp
         assert [len(row) for row in found] == [1] * store.rows
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=FRESH)
 @given(pairs=paired, packing=st.sampled_from(["best_fit", "none"]), repack=st.integers(1, 3))
 def test_the_two_of_a_pair_lie_side_by_side_in_one_row_of_every_packing(tmp_path, pairs, packing, repack):
@@ -122,6 +124,7 @@ def test_a_pair_of_which_one_side_teaches_nothing_after_truncation_goes_whole(tm
     rows = build_rows([[where]], [["made"]], held=Held.all, recipe=recipe(overlong="truncate"))
     assert rows.index.length.tolist() == [4]
     assert rows.dropped == {"no trained token left when truncated to seq_len": 1}
+    assert not rows.changed  # what is dropped counts once
 
 
 def test_split_documents_are_whole_again_when_laid_together_and_no_piece_is_a_single_token(tmp_path):
@@ -132,7 +135,8 @@ def test_split_documents_are_whole_again_when_laid_together_and_no_piece_is_a_si
     assert store.manifest["documents"] == 3
     assert store.manifest["trained_tokens"] == 33 + 16 + 17 - 6
     _, rows = laid(tmp_path, [(33, 0, False), (16, 0, True)], overlong="split")
-    assert rows.dropped == {"no trained token left when split at seq_len": 3}
+    assert rows.dropped == {"no trained token left when split at seq_len": 1}
+    assert not rows.changed
 
 
 def test_pieces_of_which_nothing_is_trained_ride_along_but_make_no_row_of_their_own(tmp_path):
@@ -146,7 +150,8 @@ def test_pieces_of_which_nothing_is_trained_ride_along_but_make_no_row_of_their_
     assert rows.dropped == {"no trained token in their row": 1}
     assert [rows.index.length[d].tolist() for d in np.split(documents, offsets[1:-1])] == [[16], [5, 9]]
     several = build_rows([[where]], [["made"]], held=Held.all, recipe=recipe(overlong="split"), repack=2)
-    assert several.dropped == {"no trained token left when split at seq_len": 2}
+    assert not several.dropped  # the document lives on in its other piece
+    assert several.changed == {"split at seq_len": 1, "a piece without trained tokens left out": 2}
     assert all(documents.size == 2 for _, documents in several.packings)
 
 
