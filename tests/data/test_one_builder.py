@@ -16,14 +16,14 @@ from launcher.data.store import Store
 from tests.data.make import tiny_tokenizer, write_jsonl
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
 # a process that prepares the recipe in argv[1], with shards small enough to be interrupted between two of them
 SCRIPT = """
 import json, sys, time
 from launcher.data import parts
 from launcher.data.prepare import prepare
 from launcher.recipe.schema import from_dict
-
-pytestmark = pytest.mark.slow
 
 parts.SHARD_BYTES = 3000
 pause = float(sys.argv[2])
