@@ -87,7 +87,7 @@ class Rendered:
 
     spans: what is trained, in order, apart from one another
     base: weight of everything outside of the spans, 0 or 1
-    notes: what the template leaves out by its own design, as reasoning; to be counted
+    notes: what is to be counted, as reasoning that the template leaves out by its own design
     """
 
     text: str

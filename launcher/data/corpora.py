@@ -133,7 +133,7 @@ def tokenizer_of(recipe: Recipe) -> TokenizerSpec:
             template = chat_template(recipe.data.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.chat_template = {recipe.data.chat_template}: cannot be read: {error}") from error
-    return TokenizerSpec(name, model.revision, model.trust_remote_code, template)
+    return TokenizerSpec(name, model.revision, model.trust_remote_code, template, recipe.data.chat_template)
 
 
 def content_hash(*values: Any) -> str:

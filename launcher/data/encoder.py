@@ -49,24 +49,29 @@ class Encoder:
         tokenizer: as `load_tokenizer` gives it.
         objective: sft or pretrain; pretrain trains every token.
         texts: turns texts into ids, if not the tokenizer itself.
+        template: what messages call the chat template.
     """
 
-    def __init__(self, tokenizer: Any, *, rule: MaskRule, objective: str, texts: TextEncoder | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, *, rule: MaskRule, objective: str, texts: TextEncoder | None = None,
+        template: str = "the tokenizer's chat template",
+    ) -> None:  # fmt: skip
         self._tokenizer = tokenizer
+        self._template_called = template
         self._rule = MaskRule("all") if objective == "pretrain" else rule
         self._answers = replace(rule, train_on="assistant", roles=("assistant",))
         self._encoder = texts or TextEncoder(tokenizer)
-        template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-        self._cutter = Cutter(tokenizer, self._encoder, also=special_tokens(template))
+        written = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+        self._cutter = Cutter(tokenizer, self._encoder, also=special_tokens(written))
         self._template: Template | None = None
 
     def check(self, form: Format) -> None:
         """Refuse, before any record is read, a tokenizer that cannot serve the format.
 
         Raises:
-            UserError: no chat template, or no end token.
+            UserError: no chat template, or one that cannot be used, or no end token.
         """
-        if form.name in ("messages", "sharegpt", "alpaca", "query_response"):
+        if form.conversational:
             self._chat_template()
         elif form.name in ("prompt_completion", "text"):
             self._end_token()
@@ -192,7 +197,7 @@ class Encoder:
 
     def _chat_template(self) -> Template:
         if self._template is None:
-            self._template = template_of(self._tokenizer)
+            self._template = template_of(self._tokenizer, self._template_called)
         return self._template
 
     def _end_token(self) -> int:

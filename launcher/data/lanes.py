@@ -362,12 +362,12 @@ class _Reader:
             losses.count(losses.dropped, "longer than seq_len", name)
             return []
         reason = "truncated to seq_len" if rules.overlong == "truncate" else "split at seq_len"
-        losses.count(losses.changed, reason, name)
         begins = range(0, 1 if rules.overlong == "truncate" else length, rules.seq_len)
         pieces = [document.cut(begin, begin + rules.seq_len) for begin in begins]
         if not any(np.any(piece.weights[1:]) for piece in pieces):
             losses.count(losses.dropped, f"no trained token left when {reason}", name)
             return []
+        losses.count(losses.changed, reason, name)
         return pieces
 
     def _read_ahead(self) -> None:

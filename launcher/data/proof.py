@@ -21,6 +21,7 @@ from launcher.shipped import chat_templates
 Message = Mapping[str, Any]
 
 _FROM, _TO = "\ue002", "\ue003"  # around stand-ins; private use, so no template writes them
+MARKS_UNUSED = "{% generation %} blocks that are not one for each answer with its words: not used, the mask is proven"
 _OTHER = "Use data.train_on=last_assistant or another data.chat_template."
 
 
@@ -36,7 +37,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A conversation's text, the turns that were asked for, and what the template leaves out by its design."""
+    """A conversation's text, the turns that were asked for, and what is to be counted of it."""
 
     text: str
     places: list[Place]
@@ -99,12 +100,18 @@ def prove(conversation: Conversation, wanted: Sequence[int], *, bodies: bool) ->
     text = conversation.text()
     notes = left_out(conversation.messages, conversation.tools, conversation.template, text)
     marked = _marked(conversation, text) if conversation.template.marks and wanted else {}
+    if conversation.template.marks and any(_by_the_model(conversation, i) and i not in marked for i in wanted):
+        notes.append(MARKS_UNUSED)
     places = [marked[i] if i in marked else _place(conversation, text, i, bodies) for i in wanted]
     return Located(text, places, notes)
 
 
+def _by_the_model(conversation: Conversation, index: int) -> bool:
+    return str(conversation.messages[index]["role"]) == "assistant"
+
+
 def _place(conversation: Conversation, text: str, index: int, bodies: bool) -> Place:
-    if conversation.messages[index]["role"] == "assistant":
+    if _by_the_model(conversation, index):
         return _written(conversation, text, index, bodies)
     return _given(conversation, text, index)
 
@@ -121,6 +128,13 @@ def _written(conversation: Conversation, text: str, index: int, bodies: bool) ->
         raise UserError(
             f"turn {turn}: the chat template writes no stop token after an assistant turn, so the model would never "
             f"learn to stop. Add {{{{ eos_token }}}} after it in data.chat_template."
+        )
+    if header := _unasked(conversation, index):
+        raise UserError(
+            f"turn {turn}: the chat template writes {_short(header)} before an assistant turn but has no generation "
+            f"prompt, so the model would learn to write that itself. End data.chat_template with "
+            f"{{% if add_generation_prompt %}} ... {{% endif %}} that writes it, or use another; shipped are "
+            f"{', '.join(chat_templates())}."
         )
     if not (text.startswith(through) and through.startswith(before)):
         return _written_among_others(conversation, text, index, stop, bodies)
@@ -194,6 +208,29 @@ def _body(written: str, stop: str, turn: int, bodies: bool) -> int:
             f"train_end_of_turn=false leaves out cannot be proven. Set train_end_of_turn=true."
         )
     return len(written)
+
+
+def _unasked(conversation: Conversation, index: int) -> str:
+    """What stands before an assistant's words though nothing asks for it; remembered by the roles.
+
+    White space is not meant: Mistral's answers begin with a space that the model writes.
+    """
+    roles = tuple(m["role"] for m in conversation.messages[max(0, index - 1) : index + 1])
+
+    def find() -> str:
+        before = conversation.text(index)
+        if conversation.text(index, generation=True) != before:
+            return ""
+        turn = {"role": roles[-1], "content": f"{_FROM}{_TO}"}
+        probe = Conversation([*conversation.messages[:index], turn], conversation.tools, conversation.template)
+        whole = probe.text()
+        if whole.startswith(before):
+            return whole[len(before) :].partition(_FROM)[0]
+        after, asked = _stretch(probe, index - 1)[1], _stretch(conversation, index - 1, index)[1]
+        return whole[after:].partition(_FROM)[0].removeprefix(before[asked:])
+
+    header = str(conversation.template.remembered(("unasked", roles, bool(conversation.tools)), find))
+    return header if header.strip() else ""
 
 
 def _stop(conversation: Conversation, index: int) -> str:

@@ -180,12 +180,11 @@ def _fit(index: Index, folders: list[Path], losses: _Losses, data: Data, *, one_
     if overlong == "drop":
         losses.count(losses.dropped, "longer than seq_len", index.take(of_long))
         return index.take(~of_long)
-    reason = "truncated to seq_len" if overlong == "truncate" else "split at seq_len"
-    losses.count(losses.changed, reason, index.take(of_long))
     if overlong == "truncate":
+        origin = np.arange(index.length.size)
         cut = _truncated(index, units, of_long, folders, seq_len=seq_len)
     else:
-        cut = _split(index, of_long, folders, losses, seq_len=seq_len)
+        cut, origin = _split(index, of_long, folders, losses, seq_len=seq_len)
     if overlong == "split" and one_packing:
         units = np.flatnonzero(cut.whole())
         taught = _per_unit(cut.trained, units) > 0
@@ -193,7 +192,12 @@ def _fit(index: Index, folders: list[Path], losses: _Losses, data: Data, *, one_
         units = _units(cut)
         taught = _per_unit(cut.trained, units, np.minimum) > 0
     taught = np.repeat(taught, np.diff(units, append=cut.length.size))
-    losses.count(losses.dropped, f"no trained token left when {reason}", cut.take(~taught))
+    lives = np.zeros(index.length.size, dtype=bool)
+    lives[origin[taught]] = True
+    reason = "truncated to seq_len" if overlong == "truncate" else "split at seq_len"
+    losses.count(losses.changed, reason, index.take(of_long & lives))
+    losses.count(losses.dropped, f"no trained token left when {reason}", index.take(~lives))
+    losses.count(losses.changed, "a piece without trained tokens left out", cut.take(~taught & lives[origin]))
     return cut.take(taught)
 
 
@@ -211,8 +215,11 @@ def _truncated(
 
 def _split(
     index: Index, of_long: NDArray[np.bool_], folders: list[Path], losses: _Losses, *, seq_len: int
-) -> Index:  # fmt: skip
-    """Long documents in pieces of `seq_len` tokens; a last one of a single token takes one from the piece before."""
+) -> tuple[Index, NDArray[np.int64]]:
+    """Long documents in pieces of `seq_len` tokens, and which document each is of.
+
+    A last piece of a single token takes one from the piece before.
+    """
     if (whole := of_long & (index.side != Side.plain)).any():
         raise UserError(
             f"data.overlong = split: {_where(index.take(whole), losses.names)} is a pair or a labelled answer of more "
@@ -227,7 +234,7 @@ def _split(
         start -= (number > 0) & (index.length[origin] - start == 1)
     last = number == pieces[origin] - 1
     end = np.where(last, index.length[origin], np.append(start[1:], 0))
-    return _slices(index, origin, start, end - start, of_long[origin], folders)
+    return _slices(index, origin, start, end - start, of_long[origin], folders), origin
 
 
 def _slices(

@@ -239,7 +239,8 @@ def _encoder(recipe: Recipe, words: Any, texts: Callable[[], Iterator[str]], *, 
     """With the faster encoder where `prepare` has proven it; `size` 0 looks up what was found and proves nothing."""
     verdict = judge(words, texts, cache_folder(recipe) / "encoders", size=size)
     rule, texts_to_ids = MaskRule.of(recipe.data), TextEncoder(words, verdict)
-    return Encoder(words, rule=rule, objective=recipe.objective.kind, texts=texts_to_ids)
+    called = tokenizer_of(recipe).template_called
+    return Encoder(words, rule=rule, objective=recipe.objective.kind, texts=texts_to_ids, template=called)
 
 
 def _texts(files: Sequence[File]) -> Iterator[str]:

@@ -6,9 +6,11 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from traceback import walk_tb
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.jinja import syntax_error
 from launcher.shipped import chat_template, chat_templates, folder
 
 Messages = Sequence[Mapping[str, Any]]
@@ -20,6 +22,7 @@ _GENERATION = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
 _NEEDS = re.compile(r"\A\s*\{#-?.*?Special tokens:([^\n]*?)\s*(?:-?#\}|\n)", re.DOTALL)
 _MOST_REMEMBERED = 4096
 _OWN_KEYS = ("train", "weight")  # what a message says to us, not to the model
+_COMPILED = "<template>"  # what Jinja calls the file of a template that it was given as text
 
 
 class Template:
@@ -31,10 +34,19 @@ class Template:
     Args:
         text: the template; with_tools: the one for conversations with tools, where the tokenizer has two.
         variables: what else it may read, as bos_token.
+        called: what messages call it.
+    Raises:
+        UserError: it is no Jinja program.
     """
 
-    def __init__(self, text: str, variables: Mapping[str, str], with_tools: str | None = None) -> None:
+    def __init__(
+        self, text: str, variables: Mapping[str, str], with_tools: str | None = None, *, called: str = "chat template"
+    ) -> None:
         self.text = text
+        self.called = called
+        for program in (text, with_tools or text):
+            if wrong := syntax_error(program):
+                raise UserError(f"{called}, line {wrong[0]}: not a Jinja template: {wrong[1]}. Correct the line.")
         self._memory: dict[Any, Any] = {}
         self._with_tools = with_tools or text
         self._variables = {**variables, "strftime_now": DATE.strftime, "documents": None}
@@ -87,7 +99,7 @@ class Template:
             return use(_compile_jinja_template(self._with_tools if tools else self.text))
         except TypeError as error:
             if self._calls_as_text:
-                raise UserError(f"the chat template failed: TypeError: {error}") from error
+                raise self._failed(error) from error
             self._calls_as_text = True  # some templates, as DeepSeek's, take arguments as the text that OpenAI sends
             try:
                 return self._call(tools, use)
@@ -95,7 +107,16 @@ class Template:
                 self._calls_as_text = False
                 raise
         except Exception as error:  # a Jinja template may raise anything
-            raise UserError(f"the chat template failed: {type(error).__name__}: {error}") from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> UserError:
+        """Reason, place in the template, and what helps."""
+        place = f"{self.called}, line {line}" if (line := _line(error)) else self.called
+        if type(error).__name__ == "TemplateError":  # what `raise_exception` in a template raises
+            fix = "The template takes no such conversation: change the record, or use another data.chat_template."
+        else:
+            fix = "Correct the template, or use another data.chat_template."
+        return UserError(f"the chat template failed: {type(error).__name__}: {error} ({place}). {fix}")
 
     def _given(self, messages: Messages, tools: Any, generation: bool) -> dict[str, Any]:
         shown = [_plain(message) for message in messages]
@@ -105,6 +126,12 @@ class Template:
                     {"tool_calls": [_as_text(c) for c in message["tool_calls"]]} if "tool_calls" in message else {}
                 )
         return {**self._variables, "messages": shown, "tools": tools or None, "add_generation_prompt": generation}
+
+
+def _line(error: Exception) -> int:
+    """The innermost line of a template that an error passed; 0 where there is none."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+    return next((line for file, line in reversed(frames) if file == _COMPILED), 0)
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,11 +170,14 @@ def _as_text(call: Any) -> Any:
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
-def template_of(tokenizer: Any) -> Template:
+def template_of(tokenizer: Any, called: str = "the tokenizer's chat template") -> Template:
     """The tokenizer's template.
 
+    Args:
+        called: what messages call it.
     Raises:
-        UserError: the tokenizer has none, or one that names special tokens which the tokenizer lacks.
+        UserError: the tokenizer has none, or one that is no Jinja program, or that names special tokens which the
+            tokenizer lacks.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -158,11 +188,11 @@ def template_of(tokenizer: Any) -> Template:
     variables = dict(tokenizer.special_tokens_map)
     if isinstance(tokenizer.chat_template, str):
         _check_tokens(tokenizer, tokenizer.chat_template)
-        return Template(tokenizer.chat_template, variables)
+        return Template(tokenizer.chat_template, variables, called=called)
     texts = tokenizer.chat_template
     if "default" not in texts:
         raise UserError(
             f"the tokenizer has the chat templates {', '.join(sorted(texts))} but none named default. Set "
             f"data.chat_template to a file with one of them."
         )
-    return Template(texts["default"], variables, texts.get("tool_use"))
+    return Template(texts["default"], variables, texts.get("tool_use"), called=called)

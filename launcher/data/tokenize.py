@@ -59,7 +59,7 @@ class ShardContext:
         """Made on first use, once a process: it remembers what it proved about the chat template."""
         if self._encoder is None:
             texts = TextEncoder(self.tokenizer(), self.verdict)
-            self._encoder = Encoder(self.tokenizer(), rule=self.rule, objective=self.objective, texts=texts)
+            self._encoder = self._new_encoder(texts)
         return self._encoder
 
     def vocab_size(self) -> int:
@@ -70,7 +70,11 @@ class ShardContext:
 
     def check(self) -> None:
         """Refuse a tokenizer that cannot serve the source's format, before any record is read."""
-        Encoder(self.tokenizer(), rule=self.rule, objective=self.objective).check(self.form)
+        self._new_encoder().check(self.form)
+
+    def _new_encoder(self, texts: TextEncoder | None = None) -> Encoder:
+        called = self.spec.template_called
+        return Encoder(self.tokenizer(), rule=self.rule, objective=self.objective, texts=texts, template=called)
 
     def __getstate__(self) -> tuple[Any, ...]:
         return (self.spec, self.form, self.tables, self.names, self.rule, self.objective, self.verdict)

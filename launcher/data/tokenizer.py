@@ -34,12 +34,21 @@ class TokenizerSpec:
     revision: branch, tag or commit of a hub id
     trust_remote_code: run Python code that comes with it
     template: text of a Jinja chat template that replaces its own
+    template_file: where that text is from, for messages
     """
 
     name: str
     revision: str | None = None
     trust_remote_code: bool = False
     template: str | None = None
+    template_file: str | None = None
+
+    @property
+    def template_called(self) -> str:
+        """What messages call the chat template."""
+        if self.template is None:
+            return f"the chat template of model.tokenizer = {self.name}"
+        return f"data.chat_template = {self.template_file}" if self.template_file else "data.chat_template"
 
 
 def locate(name: str, revision: str | None = None) -> Path:

@@ -125,6 +125,22 @@ def check_data_paths(recipe: Recipe) -> Iterator[Problem]:
     if not os.path.isfile(path := absolute(template)):
         expected = f"a file with a Jinja chat template, or one of {', '.join(chat_templates())}"
         yield Problem("data.chat_template", template, expected, nearest(template, chat_templates()) or _beside(path))
+    else:
+        yield from _no_template(template, path)
+
+
+def _no_template(word: str, path: str) -> Iterator[Problem]:
+    """A file that is no Jinja program; found before any record is read."""
+    from launcher.jinja import syntax_error
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            wrong = syntax_error(file.read())
+    except (OSError, UnicodeDecodeError) as error:
+        yield Problem("data.chat_template", word, "a text file that can be read, in UTF-8", f"{error}.")
+        return
+    if wrong:
+        yield Problem("data.chat_template", word, f"a Jinja template; line {wrong[0]}: {wrong[1]}", "Correct the line.")
 
 
 def check_output_paths(recipe: Recipe) -> Iterator[Problem]:

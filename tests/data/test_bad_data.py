@@ -228,11 +228,16 @@ def test_columns_that_nothing_reads_are_said(prepared):
     [
         ("{{ raise_exception('only pairs') }}", r"a.jsonl: record 0 \(row 1\): .*only pairs"),
         ("{{ messages[0].content.nothing() }}", r"a.jsonl: record 0 \(row 1\): .*the chat template failed"),
-        ("{% for m in messages", r"a.jsonl: record 0 \(row 1\): .*unexpected end of template"),
+        ("{% for m in messages", r"^data.chat_template = .*a.jinja, line 1: not a Jinja .*unexpected end of template"),
+        (
+            "a\n{{ messages | nofilter }}",
+            r"^data.chat_template = .*a.jinja, line 2: not .*'nofilter'.* Correct",
+        ),
+        ("a\n{{ 1 + x.y }}", r"a.jsonl: record 0 \(row 1\): .*'x' is undefined \(.*= .*a.jinja, line 2\)\. Correct"),
     ],
-    ids=["refuses", "fails", "broken"],
+    ids=["refuses", "fails", "broken", "unknown filter", "unknown name"],
 )
-def test_a_template_that_fails_is_named_with_the_record(template, message, prepared, tmp_path):
+def test_a_template_that_fails_is_named_with_its_line_and_the_record(template, message, prepared, tmp_path):
     (tmp_path / "a.jinja").write_text(template)
     with pytest.raises(UserError, match=message):
         prepared([GOOD], chat_template=str(tmp_path / "a.jinja"))

@@ -217,6 +217,21 @@ def test_documents_longer_than_a_row_are_refused_dropped_cut_or_split_and_counte
         assert "line 21" in next(iter(lane.state().first.values()))
 
 
+def test_a_document_of_which_cutting_leaves_nothing_counts_once_as_dropped(tmp_path: Path) -> None:
+    source = feed(jsonl(tmp_path / "a.jsonl", [*records(20), {"text": "long" * 50}]))
+
+    def untrained(pairs: Any) -> Iterator[Group]:
+        for group in tokenise(pairs):
+            ((ids, weights, side),) = group.documents
+            yield Group([(ids, weights * (ids.size <= 64), side)], group.hash)
+
+    for overlong, reason in (("truncate", "truncated to seq_len"), ("split", "split at seq_len")):
+        lane = Lane(0, [source], rules(lanes=1, overlong=overlong), untrained)
+        take(lane, 20)
+        assert set(lane.state().dropped) == {f"no trained token left when {reason}"}
+        assert not lane.state().changed
+
+
 def test_a_split_document_keeps_every_piece_and_rows_of_which_nothing_is_trained_are_left_out(tmp_path: Path) -> None:
     source = feed(jsonl(tmp_path / "a.jsonl", [{"text": "Q" * 160 + "A" * 20}]))
 

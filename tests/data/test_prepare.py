@@ -148,7 +148,7 @@ def test_a_long_record_is_dropped_and_counted(make):
 def test_a_long_record_is_truncated_and_counted_and_dropped_when_nothing_trained_is_left(make):
     behind = {"prompt": "story " * 200, "completion": "end"}
     prepared = prepare(make([*pairs(2), long(), behind], overlong="truncate"))
-    assert prepared.train["changed"] == {"truncated to seq_len": 2}
+    assert prepared.train["changed"] == {"truncated to seq_len": 1}
     assert prepared.train["dropped"] == {"no trained token left when truncated to seq_len": 1}
     store = store_of(prepared)
     assert max(len(d.tokens) for r in range(store.rows) for d in store.documents(r)) == 64

@@ -12,7 +12,7 @@ from launcher.data.encoder import APART, OVER, Encoder
 from launcher.data.formats import Chat, Completion, Labelled, Pair, Text, Tokens
 from launcher.data.left_out import CONTENT_LEFT_OUT, REASONING_LEFT_OUT
 from launcher.data.prepare import prepare
-from launcher.data.proof import prove
+from launcher.data.proof import MARKS_UNUSED, prove
 from launcher.data.store import Side
 from launcher.data.template import Template, missing_tokens, special_tokens
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer, replaces_template
@@ -258,6 +258,46 @@ def test_generation_blocks_say_what_is_trained_also_where_they_leave_out_the_sto
     assert spans(TWO, template(styles.GENERATION_WITHOUT_STOP), MaskRule("last_assistant")) == ["Yes."]
     greeting = [assistant("Hello."), user("Who?"), assistant("Me.")]
     assert spans(greeting, template(styles.GENERATION_WITHOUT_STOP)) == ["Hello.", "Me."]
+    assert render(Chat(TWO), template(styles.GENERATION_WITHOUT_STOP), RULE).notes == []
+
+
+def test_generation_blocks_that_do_not_hold_the_answers_are_not_used_and_counted():
+    half = styles.GENERATION.replace(
+        "message['content'] + '<|im_end|>' -}}{%- endgeneration -%}",
+        "message['content'][:3] -}}{%- endgeneration -%}{{- message['content'][3:] + '<|im_end|>' -}}",
+    )
+    wide = "{% generation %}" + CHATML + "{% endgeneration %}"
+    for text in (half, wide):
+        assert spans(TWO, template(text)) == ["A model.<|im_end|>", "Yes.<|im_end|>"]
+        assert render(Chat(TWO), template(text), RULE).notes == [MARKS_UNUSED]
+    assert render(Chat(TWO), template(wide), MaskRule(roles=("user",))).notes == []
+
+
+HEADER = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def test_a_template_that_asks_for_no_answer_but_writes_its_header_is_refused():
+    says = r"turn 3: .* writes '<\|im_start\|>assistant\\n' before an assistant turn but has no generation prompt.*End"
+    rewrites = "{{ messages | length }}" + HEADER
+    for text in (HEADER, rewrites):
+        with pytest.raises(UserError, match=says):
+            spans(TWO, template(text))
+    assert spans(TWO, template(HEADER), MaskRule(roles=("user",))) == ["Who?<|im_end|>", "Sure?<|im_end|>"]
+    asks = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    assert spans(TWO, template(rewrites + asks)) == ["A model.<|im_end|>", "Yes.<|im_end|>"]
+    marked = HEADER.replace(
+        "{{ m.content }}",
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}",
+    )
+    assert spans(TWO, template(marked)) == ["A model.", "Yes."]  # the template says itself what is the model's
+
+
+def test_turns_of_a_developer_are_trained_when_they_are_named():
+    chat = [{"role": "developer", "content": "Be brief."}, user("Who?"), assistant("Me.")]
+    for of in (template(CHATML), shipped("chatml")):
+        assert spans(chat, of, MaskRule(roles=("developer", "assistant"))) == ["Be brief.<|im_end|>", "Me.<|im_end|>"]
+        assert spans(chat, of, MaskRule(roles=("system",))) == []
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen", "llama3"])

@@ -361,3 +361,14 @@ def test_answers_to_compare_may_be_messages_with_tags(here: Path, format: str):
 def test_a_file_has_no_split(here: Path, path: str):
     with pytest.raises(RecipeError, match="only a hub dataset has a folder, this is a file"):
         loaded(here, f"data.train=[{{path: '{path}', folder: x}}]")
+
+
+def test_a_chat_template_that_is_no_jinja_is_named_with_its_line(here: Path):
+    for text, said in (("a\n{{ b | nofilter }}", "line 2: No filter named 'nofilter'"), ("{% for m", "line 1: ")):
+        (here / "chat.jinja").write_text(text)
+        (problem,) = problems(here, "data.chat_template=chat.jinja")
+        assert problem.key == "data.chat_template"
+        assert said in problem.expected
+    blocks = "{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% break %}{% endfor %}"
+    (here / "chat.jinja").write_text(blocks)
+    assert problems(here, "data.chat_template=chat.jinja") == []

@@ -9,7 +9,7 @@ from typing import Literal
 from launcher.errors import Problem, nearest
 
 MISSING = "???"
-ROLES = ("system", "user", "assistant")  # whose turns may be trained
+ROLES = ("system", "developer", "user", "assistant")  # whose turns may be trained
 MOST_PACKINGS = 64
 
 
