@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 @click.option("--strict", is_flag=True, help="A record that would be dropped, cut or repaired is an error.")
 @click.option("--shards", metavar="I/N", help="Only tokenise the shards I, I + N, I + 2 N, ...; pack nothing.")
 @click.option("--target", help="Print the jobs that do it beyond this machine: slurm or ray.")
-@click.option("-n", "shares", type=int, help="With --target: jobs that tokenise.  [default: cluster.nodes]")
+@click.option(
+    "-n", "shares", type=click.IntRange(min=1), help="With --target: jobs that tokenise.  [default: cluster.nodes]"
+)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="With --target: write the files into this folder."
 )

@@ -17,9 +17,12 @@ from launcher.data.encode import TextEncoder
 from launcher.data.formats import Chat, Completion, Example, Format, Labelled, Pair, Skip, Text, Tokens
 from launcher.data.store import Side
 from launcher.data.template import Template, special_tokens
+from launcher.data.tokenizer import missing_bytes
 from launcher.errors import UserError
 
 OVER = "a token reaches over the border of a trained turn"
+LOST = "characters left out that the tokenizer has no token for"
+EMPTIED = "an answer of characters that the tokenizer has no token for"
 APART = "tokenised apart where a token would reach over the border of a turn"
 
 Ids = NDArray[np.uint32]
@@ -57,6 +60,7 @@ class Encoder:
         template: str = "the tokenizer's chat template",
     ) -> None:  # fmt: skip
         self._tokenizer = tokenizer
+        self._missing = missing_bytes(tokenizer)
         self._template_called = template
         self._rule = MaskRule("all") if objective == "pretrain" else rule
         self._answers = replace(rule, train_on="assistant", roles=("assistant",))
@@ -91,6 +95,8 @@ class Encoder:
                     jobs[-1] = [self._job(part, rule, side) for part, rule, side in self._parts(example)]
                 except Skip as skip:
                     group.dropped = str(skip)
+            if self._missing and any(self._loses(text) for job in jobs[-1] for text in job.texts[-1:]):
+                group.changed.append(LOST)
         self._fill([job for record in jobs for job in record])
         for (where, _), group, record in zip(examples, groups, jobs, strict=True):
             with placed(where):
@@ -117,10 +123,12 @@ class Encoder:
     def _job(self, example: Example, rule: MaskRule, side: int) -> _Job:
         if isinstance(example, Chat):
             self._refuse_injection(example)
+            self._refuse_emptied(*(m["content"] for m in example.messages if m["role"] == "assistant"))
             rendered = render(example, self._chat_template(), rule)
             return _Job(example, rule, side, [rendered.text], special=False, rendered=rendered)
         if isinstance(example, Completion):
             self._end_token()
+            self._refuse_emptied(example.completion)
             return _Job(example, rule, side, [example.prompt, example.prompt + example.completion])
         if isinstance(example, Text):
             self._end_token()
@@ -137,6 +145,16 @@ class Encoder:
                     raise Skip(f"the special token {token} inside of a message")
         if chat.tools and (token := self._cutter.special_in(json.dumps(chat.tools, ensure_ascii=False))):
             raise Skip(f"the special token {token} inside of the tools")
+
+    def _loses(self, text: str) -> bool:
+        whole = text.encode("utf-8", "surrogatepass")
+        return len(whole.translate(None, self._missing)) < len(whole)
+
+    def _refuse_emptied(self, *answers: str) -> None:
+        """An answer that has words, none of which the tokenizer can write, would be learnt as an empty one."""
+        for answer in answers if self._missing else ():
+            if answer.strip() and not answer.encode("utf-8", "surrogatepass").translate(None, self._missing).strip():
+                raise Skip(EMPTIED)
 
     def _fill(self, jobs: Sequence[_Job]) -> None:
         """Encode the jobs' texts, and find the tokens at the borders of trained turns and at the end of prompts."""

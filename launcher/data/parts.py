@@ -117,7 +117,7 @@ def _open(job: TokensJob, folder: Path, cache: Path, progress: Progress) -> _Ope
         tables = _first(load(job.listing, folder / "arrow"), source.max_samples)
     full = [i for i, table in enumerate(tables) if len(table)]
     if not full:
-        raise UserError(f"{source.path}: holds no records.")
+        raise UserError(f"{source.path}: holds no records. Fill it, or remove the source.")
     first = records(tables[full[0]], 0, 1, job.listing.names[full[0]])[0]
     form = choose(source, tables[full[0]].column_names, first, job.placeholders)
     context = ShardContext(job.spec, form, tables, job.listing.names, rule=job.rule, objective=job.objective)
@@ -135,7 +135,7 @@ def _open(job: TokensJob, folder: Path, cache: Path, progress: Progress) -> _Ope
     if size >= REPAID_BYTES and context.verdict is not None and not context.verdict.proven:
         warnings.append(str(context.verdict))
     if missing := missing_bytes(context.tokenizer()):
-        warnings.append(f"the tokenizer has no token for {missing} of 256 bytes and drops them from texts")
+        warnings.append(f"the tokenizer has no token for {len(missing)} of 256 bytes and drops them from texts")
     if form.conversational and (marks := unknown_marks(context.tokenizer())):
         warnings.append(
             f"the chat template holds {', '.join(marks)}, which the tokenizer has not as special tokens: what it "

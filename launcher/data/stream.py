@@ -52,7 +52,7 @@ def look(recipe: Recipe, *, tokenizer: dict[str, Any], model_vocab_size: int | N
     """
     lanes, words = recipe.train.global_batch_size, load_tokenizer(tokenizer_of(recipe))
     missing = missing_bytes(words)
-    lacking = [f"the tokenizer has no token for {missing} of 256 bytes and drops them from texts"] if missing else []
+    lacking = [f"the tokenizer has no token for {len(missing)} of 256 bytes and drops them from texts"] if missing else []
     limit = model_vocab_size or tokenizer["vocab_size"]
     entries: list[dict[str, Any]] = []
     shelf = _shelf(recipe)
@@ -278,7 +278,7 @@ def _recognise(source: Source, files: Sequence[File], recipe: Recipe) -> tuple[F
             if found:
                 first = found[0][1]
                 return choose(source, list(first), first, recipe.data.placeholders), file, found[:_LOOKED_AT]
-    raise UserError(f"{source.path}: holds no records.")
+    raise UserError(f"{source.path}: holds no records. Fill it, or remove the source.")
 
 
 def _try(file: File, form: Format, first: Found, encoder: Encoder) -> int:

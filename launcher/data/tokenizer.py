@@ -171,13 +171,20 @@ def unknown_marks(tokenizer: Any) -> list[str]:
     return sorted(set(_MARK.findall(text)) - tokenizer.get_added_vocab().keys())
 
 
-def missing_bytes(tokenizer: Any) -> int:
-    """Bytes that a byte-level tokenizer has no token for; it drops them from texts without a word."""
-    from tokenizers import decoders, pre_tokenizers
+def missing_bytes(tokenizer: Any) -> bytes:
+    """Bytes that a byte-level tokenizer has no token for; it drops them from texts without a word.
+
+    Reference: GPT-2's ``bytes_to_unicode``: a byte that is no printable Latin-1 character is written as one from 256 on.
+    """
+    from tokenizers import decoders
 
     if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
-        return 0
+        return b""
     if tokenizer.unk_token is not None:
-        return 0
+        return b""
     vocabulary = tokenizer.get_vocab()
-    return sum(byte not in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return bytes(
+        byte for byte in range(256) if chr(byte if byte in printable else 256 + others.index(byte)) not in vocabulary
+    )

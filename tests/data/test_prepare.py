@@ -301,6 +301,20 @@ def test_a_tokenizer_that_drops_characters_is_warned_of(make, tokenizer, tmp_pat
     assert "no token for 1 of 256 bytes and drops them" in warning
 
 
+def test_a_record_that_loses_characters_is_counted_and_one_whose_answer_is_emptied_dropped(make, tokenizer, tmp_path):
+    values = json.loads((tokenizer / "tokenizer.json").read_text())
+    for byte in ("\u00e4", "\u00b8", "\u0138"):  # the three of U+4E16, as byte-level vocabularies write them
+        values["model"]["vocab"].pop(byte)
+    (tmp_path / "poor.json").write_text(json.dumps(values))
+    recipe = make([*pairs(3), {"prompt": "a \u4e16", "completion": "b"}, {"prompt": "a", "completion": "\u4e16" * 2}])
+    recipe.model.tokenizer = str(tmp_path / "poor.json")
+    found = prepare(recipe).train
+    assert found["changed"] == {"characters left out that the tokenizer has no token for": 1}
+    assert found["dropped"] == {"an answer of characters that the tokenizer has no token for": 1}
+    with pytest.raises(UserError, match=r"characters left out .* record 3 \(row 4\)"):
+        prepare(recipe, strict=True)
+
+
 def test_a_cache_folder_that_cannot_be_written_is_refused(make, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data.cache_dir = .*file.*cannot be written"):
