@@ -106,7 +106,7 @@ class Entry:
         for key in ("history", "system"):
             if key not in self.columns.values() and record.get(key):
                 note(f"column {key} is not read: the entry's `columns` does not name it")
-        return self._read_alpaca(form, record) if self.formatting == "alpaca" else self._read_turns(form, record)
+        return self._read_alpaca(form, record) if self.formatting == "alpaca" else self._read_turns(form, record, note)
 
     def _expects(self, key: str) -> bool:
         return (key == "messages") != (self.formatting == "alpaca")
@@ -153,7 +153,7 @@ class Entry:
         assert not isinstance(chat, Completion | Pair)
         return Labelled(_last_trained(chat), self._good(record)) if form.name == "unpaired" else chat
 
-    def _read_turns(self, form: Format, record: Mapping[str, Any]) -> Example:
+    def _read_turns(self, form: Format, record: Mapping[str, Any], note: Note) -> Example:
         from launcher.data.formats import Labelled, Skip
         from launcher.data.formats.answers import checked_pair
         from launcher.data.formats.chats import conversation, said, tools_of
@@ -172,10 +172,10 @@ class Entry:
             raise Skip(f"the last turn is not {end}")
         if not order:
             raise Skip("the conversation has no turn")
-        messages = [*(said("system", words) for words in system if words), *form.reader.read(turns)]
+        messages = [*(said("system", words) for words in system if words), *form.reader.read(turns, note)]
         tools = tools_of(form, record) if self.columns["tools"] else None
         if self.ranking:
-            answers = [self._answer(form, record, key) for key in ("chosen", "rejected")]
+            answers = [self._answer(form, record, key, note) for key in ("chosen", "rejected")]
             return checked_pair(messages, answers[0], answers[1], tools)
         chat = conversation(messages, tools)
         return Labelled(_last_trained(chat), self._good(record)) if form.name == "unpaired" else chat
@@ -196,14 +196,14 @@ class Entry:
 
         return text(record, self.columns[key] or "")
 
-    def _answer(self, form: Format, record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    def _answer(self, form: Format, record: Mapping[str, Any], key: str, note: Note) -> list[dict[str, Any]]:
         from launcher.data.formats.values import kind, present
 
         column = self.columns[key] or ""
         value = present(record, column)
         if not isinstance(value, dict):
             raise UserError(f"column {column} is {kind(value)}, expected one message of the assistant.")
-        return form.either_reader([value]).read([value])
+        return form.either_reader([value]).read([value], note)
 
     def _good(self, record: Mapping[str, Any]) -> bool:
         from launcher.data.formats.values import present, truth

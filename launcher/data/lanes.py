@@ -406,7 +406,7 @@ class _Reader:
                 at = after
             epoch, turn, at = (epoch, turn + 1, 0) if turn + 1 < len(files) else (epoch + 1, 0, 0)
             if epoch - seen_epoch > _MANY_EPOCHS * lanes:
-                raise UserError(f"{self._feed.name}: holds no records.")
+                raise UserError(f"{self._feed.name}: holds no records. Fill it, or remove the source.")
 
     def _example(self, record: Any, after: Position, file: int, at: int) -> _Read:
         notes: list[str] = []

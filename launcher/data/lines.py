@@ -19,6 +19,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from launcher.data.atomic import appearing
+from launcher.data.formats.values import complaint
 from launcher.errors import UserError
 
 _CHUNK = 1 << 24  # bytes read at a time
@@ -144,7 +145,9 @@ class Lines:
         except RecursionError as error:
             raise self._broken(number, at, _DEEP) from error
         except ValueError as error:
-            raise self._broken(number, at, f"not JSON: {error}") from error
+            raise self._broken(
+                number, at, f"not JSON: {complaint(error)}. Write the record whole, on a line of its own."
+            ) from error
         if self.plain and "\0" in text:
             raise self._broken(number, at, "holds a NUL byte, so this is no text.")
         return record

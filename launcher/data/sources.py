@@ -97,6 +97,8 @@ def resolve(source: Source) -> Resolved:
     file, _, name = path.rpartition("#")
     if file.endswith(".json") or PurePosixPath(path).name == "dataset_info.json":
         return _from_registry(made, file or path, name if file else "")
+    if file and Path(file).expanduser().is_file():
+        raise UserError(f"{source.path}: #{name}: expected a number of records, 1 or more, as {file}#500.")
     made.path = path
     return made
 
@@ -308,7 +310,9 @@ def _local(file: Path | remote.Address, scratch: Path) -> Path:
         with _COMPRESSED[file.suffix](file, "rb") as source, appearing(plain) as made, open(made, "wb") as copy:
             shutil.copyfileobj(source, copy, _CHUNK)
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise full_disk(error) or UserError(f"{file}: cannot be uncompressed: {error}") from error
+        raise full_disk(error) or UserError(
+            f"{file}: cannot be uncompressed: {error}. Make the file again, or rename it to what it is."
+        ) from error
     return plain
 
 

@@ -191,9 +191,12 @@ def _source(key: str, source: Source) -> Iterator[Problem]:
 def _entry(key: str, word: str, registry: str, name: str) -> Iterator[Problem]:
     """A data set that the registry does not name."""
     try:
-        names = list(json.loads(Path(registry).read_text(encoding="utf-8")))
+        names = list(json.loads(Path(registry).read_text(encoding="utf-8")).keys())
     except (OSError, ValueError):
         return  # `prepare` says what is wrong with the file
+    except AttributeError:
+        yield Problem(key, word, "a number of records behind the #, or a registry of data sets before it")
+        return
     if name not in names:
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         yield Problem(key, word, f"the name of a data set behind the #, as {shown}", nearest(name, map(str, names)))

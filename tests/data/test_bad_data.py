@@ -271,5 +271,5 @@ def test_what_a_registry_leaves_out_is_counted_and_a_drawn_record_is_named_by_it
     assert reason.startswith("turns do not alternate")
     assert made["dropped"][reason] in (1, 2)
     assert any("5 records are drawn by chance" in warning for warning in made["warnings"])
-    with pytest.raises(UserError, match=r"a.jsonl: record 2 \(row 3\): turn 2: 'value' is null"):
+    with pytest.raises(UserError, match=r"a.jsonl: record 2 \(row 3\): turn 2: 'value' is missing"):
         prepared([{"conversations": t} for t in (fine, fine, [fine[0], {"from": "gpt"}])], source=source)

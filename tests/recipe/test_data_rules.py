@@ -73,6 +73,7 @@ def test_what_makes_sense_is_allowed(data):
         ({"repack": 65}, "data.repack = 65: expected 1 to 64 packings"),
         ({"repack": 2, "packing": "none"}, "data.repack = 2: expected 1 with packing = none"),
         ({"packing": "concat", "overlong": "drop"}, "data.overlong = drop: expected error or split with packing"),
+        ({"shuffle_buffer": 50}, "data.shuffle_buffer = 50: expected 1000, the default, without data.streaming: prep"),
         ({"shuffle_buffer": 0}, "data.shuffle_buffer = 0: expected 1 document or more"),
         ({**STREAM, "eval_fraction": 0.1}, "data.eval_fraction = 0.1: expected 0 with data.streaming"),
         ({**STREAM, "repack": 2}, "data.repack = 2: expected 1 with data.streaming"),

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from launcher.data.formats.examples import Chat, Completion, Example, Labelled, Note, Pair, Skip, Text, Tokens
 from launcher.data.formats.form import Format
-from launcher.data.formats.recognise import COLUMNS, choose
+from launcher.data.formats.recognise import choose
 
 __all__ = [
-    "COLUMNS", "Chat", "Completion", "Example", "Format", "Labelled", "Note", "Pair", "Skip", "Text", "Tokens",
+    "Chat", "Completion", "Example", "Format", "Labelled", "Note", "Pair", "Skip", "Text", "Tokens",
     "choose",
 ]  # fmt: skip

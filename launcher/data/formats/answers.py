@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from launcher.data.formats.chats import Turns, alpaca_context, chat_turns, conversation, query_context, said, tools_of
-from launcher.data.formats.examples import Chat, Completion, Labelled, Pair, Skip
+from launcher.data.formats.examples import Chat, Completion, Labelled, Note, Pair, Skip
 from launcher.data.formats.plain import untrained
 from launcher.data.formats.turns import is_empty
 from launcher.data.formats.values import decoded, kind, listing, present, text, truth
@@ -28,7 +28,7 @@ def is_transcript(value: Any) -> bool:
     return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
 
 
-def read_pair(form: Format, record: Mapping[str, Any]) -> Pair:
+def read_pair(form: Format, record: Mapping[str, Any], note: Note) -> Pair:
     """The two answers of a record behind the turns that both follow.
 
     Raises:
@@ -40,22 +40,22 @@ def read_pair(form: Format, record: Mapping[str, Any]) -> Pair:
         prompt = record.get(form.columns["prompt"])
         if isinstance(prompt, str) and not prompt.lstrip().startswith("[{"):
             return _checked(Completion(prompt, chosen), Completion(prompt, rejected))
-    before, tools = _context(form, record), tools_of(form, record)
+    before, tools = _context(form, record, note), tools_of(form, record)
     if "chosen" not in form.columns and "answers" not in form.columns:  # the conversation itself ends with the chosen
         cut = max((i + 1 for i, m in enumerate(before) if m["role"] in ("user", "tool")), default=0)
         if isinstance(rejected, list):
             cut = max((i + 1 for i, m in enumerate(before) if m["role"] == "user"), default=0)
         before, good = before[:cut], before[cut:]
     else:
-        good = _answer(form, chosen, "chosen")
-    return _joined(before, good, _answer(form, rejected, "rejected"), tools)
+        good = _answer(form, chosen, "chosen", note)
+    return _joined(before, good, _answer(form, rejected, "rejected", note), tools)
 
 
-def read_label(form: Format, record: Mapping[str, Any]) -> Labelled:
+def read_label(form: Format, record: Mapping[str, Any], note: Note) -> Labelled:
     """An answer with its label."""
     column = form.columns["label"]
     good = truth(present(record, column), f"column {column}")
-    example = form.base_reader(record)
+    example = form.base_reader(record, note)
     if isinstance(example, Chat):
         if example.messages[-1]["role"] != "assistant":
             raise UserError("the label judges the last turn, but that is not the assistant's.")
@@ -103,28 +103,28 @@ def _transcript(words: str) -> list[dict[str, str]]:
     return turns
 
 
-def _context(form: Format, record: Mapping[str, Any]) -> Turns:
+def _context(form: Format, record: Mapping[str, Any], note: Note) -> Turns:
     columns = form.columns
     if "messages" in columns:
-        return chat_turns(form, record)
+        return chat_turns(form, record, note)
     if "prompt" in columns:
         prompt = _value(record, columns["prompt"])
         if isinstance(prompt, list):
-            return form.reader.read(prompt)
+            return form.reader.read(prompt, note)
         return [said("user", text(record, columns["prompt"]))]
     if "instruction" in columns:
         return alpaca_context(form, record)
     return query_context(form, record) if "query" in columns else []
 
 
-def _answer(form: Format, value: Any, which: str) -> Turns:
+def _answer(form: Format, value: Any, which: str, note: Note) -> Turns:
     if isinstance(value, str):
         return [said("assistant", value)]
     turns = [value] if isinstance(value, dict) else value
     if not isinstance(turns, list):
         raise UserError(f"column {form.columns.get(which, which)} is {kind(value)}, expected an answer: text or turns.")
     try:
-        return form.either_reader(turns).read(turns)
+        return form.either_reader(turns).read(turns, note)
     except UserError as error:
         raise UserError(f"{which}: {error}") from error
 

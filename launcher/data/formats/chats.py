@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from launcher.data.formats.examples import Chat
+from launcher.data.formats.examples import Chat, Note
 from launcher.data.formats.turns import finish, read_tools
 from launcher.data.formats.values import decoded, kind, listing, optional_text, shown, text
 from launcher.errors import UserError
@@ -21,18 +21,18 @@ def conversation(messages: Turns, tools: list[dict[str, Any]] | None = None) -> 
     return Chat(finish(messages), tools)
 
 
-def read_chat(form: Format, record: Mapping[str, Any]) -> Chat:
+def read_chat(form: Format, record: Mapping[str, Any], note: Note) -> Chat:
     """A list of messages, with a system text and tools beside it."""
-    return conversation(chat_turns(form, record), tools_of(form, record))
+    return conversation(chat_turns(form, record, note), tools_of(form, record))
 
 
-def read_alpaca(form: Format, record: Mapping[str, Any]) -> Chat:
+def read_alpaca(form: Format, record: Mapping[str, Any], note: Note) -> Chat:
     """Instruction and input are the question, output the answer; earlier turns and a system text stand before them."""
     turns = [*alpaca_context(form, record), said("assistant", text(record, form.columns["output"]))]
     return conversation(turns, tools_of(form, record))
 
 
-def read_query(form: Format, record: Mapping[str, Any]) -> Chat:
+def read_query(form: Format, record: Mapping[str, Any], note: Note) -> Chat:
     """A question and its answer; or a list of {human, assistant}."""
     if "conversations" in form.columns:
         return conversation([*_system(form, record), *_exchanges(record, form.columns["conversations"])])
@@ -40,10 +40,10 @@ def read_query(form: Format, record: Mapping[str, Any]) -> Chat:
     return conversation(turns, tools_of(form, record))
 
 
-def chat_turns(form: Format, record: Mapping[str, Any]) -> Turns:
+def chat_turns(form: Format, record: Mapping[str, Any], note: Note) -> Turns:
     """The turns of a list of messages; a first turn of the system outranks the system column."""
     column = form.columns["messages"]
-    messages = form.reader.read(listing(record, column, "messages"))
+    messages = form.reader.read(listing(record, column, "messages"), note)
     leads = messages and messages[0]["role"] in ("system", "developer")
     return messages if leads else [*_system(form, record), *messages]
 

@@ -8,9 +8,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from launcher.data.formats import answers, chats, plain
-from launcher.data.formats.examples import Chat, Completion, Example, Note
+from launcher.data.formats.examples import Chat, Completion, Example, Labelled, Note, Pair
 from launcher.data.formats.placeholders import fill
-from launcher.data.formats.turns import Reader
+from launcher.data.formats.turns import Reader, oddities
 from launcher.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +64,19 @@ class Format:
             Skip: the record is left out; its text is the reason, to be counted.
         """
         self._refuse_unread(record, note)
-        example = self.entry.read(self, record, note) if self.entry is not None else _READERS[self.name](self, record)
+        odd: list[str] = []
+        try:
+            if self.entry is not None:
+                example = self.entry.read(self, record, odd.append)
+            else:
+                example = _READERS[self.name](self, record, odd.append)
+            judged = example.example if isinstance(example, Labelled) else example
+            for chat in (judged.chosen, judged.rejected) if isinstance(judged, Pair) else (judged,):
+                if isinstance(chat, Chat):
+                    odd += oddities(chat.messages)
+        finally:  # also of a record that is left out
+            for reason in dict.fromkeys(odd):
+                note(reason)
         return fill(example, self.placeholders, note)
 
     @property
@@ -94,9 +106,9 @@ class Format:
             return ours
         return Reader() if "role" in first else Reader("from", "value")
 
-    def base_reader(self, record: Mapping[str, Any]) -> Chat | Completion:
+    def base_reader(self, record: Mapping[str, Any], note: Note) -> Chat | Completion:
         """What a label judges."""
-        made = _READERS[self.base](self, record)
+        made = _READERS[self.base](self, record, note)
         assert isinstance(made, Chat | Completion)
         return made
 
@@ -137,7 +149,7 @@ def _reader(style: str, tags: tuple[tuple[str, str], ...]) -> Reader:
     return Reader.of(dict(tags), role=role, content=content)
 
 
-_READERS: dict[str, Callable[[Format, Mapping[str, Any]], Example]] = {
+_READERS: dict[str, Callable[[Format, Mapping[str, Any], Note], Example]] = {
     "messages": chats.read_chat,
     "sharegpt": chats.read_chat,
     "alpaca": chats.read_alpaca,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from launcher.data.formats.chats import conversation
-from launcher.data.formats.examples import Chat, Completion, Skip, Text, Tokens
+from launcher.data.formats.examples import Chat, Completion, Note, Skip, Text, Tokens
 from launcher.data.formats.turns import read_tools
 from launcher.data.formats.values import decoded, kind, listing, present, text
 from launcher.errors import UserError
@@ -20,15 +20,15 @@ IGNORED = -100  # the label of a token that is no target, as torch's cross-entro
 _LARGEST = (1 << 31) - 1
 
 
-def read_completion(form: Format, record: Mapping[str, Any]) -> Completion | Chat:
+def read_completion(form: Format, record: Mapping[str, Any], note: Note) -> Completion | Chat:
     """Two texts, or a conversation where the prompt is a list of messages."""
     prompt = decoded(present(record, form.columns["prompt"]), f"column {form.columns['prompt']}", only="[")
     if isinstance(prompt, list):
         answer = decoded(present(record, form.columns["completion"]), f"column {form.columns['completion']}", only="[")
         turns = answer if isinstance(answer, list) else [answer]
         turns = [{"role": "assistant", "content": t} if isinstance(t, str) else t for t in turns]
-        context = [untrained(m) for m in form.reader.read(prompt)]
-        return conversation([*context, *form.reader.read(turns)], read_tools(record.get("tools"), "tools"))
+        context = [untrained(m) for m in form.reader.read(prompt, note)]
+        return conversation([*context, *form.reader.read(turns, note)], read_tools(record.get("tools"), "tools"))
     return Completion(text(record, form.columns["prompt"]), text(record, form.columns["completion"]))
 
 
@@ -37,11 +37,11 @@ def untrained(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "train": False} if message["role"] == "assistant" else message
 
 
-def read_text(form: Format, record: Mapping[str, Any]) -> Text:
+def read_text(form: Format, record: Mapping[str, Any], note: Note) -> Text:
     return Text(text(record, form.columns["text"]))
 
 
-def read_tokens(form: Format, record: Mapping[str, Any]) -> Tokens:
+def read_tokens(form: Format, record: Mapping[str, Any], note: Note) -> Tokens:
     """Ids as they stand, without padding; a label of -100, or a mask of 0, is no target.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import Any
 from launcher.data.formats.answers import is_transcript
 from launcher.data.formats.form import Format
 from launcher.errors import UserError, nearest
+from launcher.recipe.schema.columns import COLUMNS, OTHER_NAME, TAGS, columns_of
 from launcher.recipe.schema.data import Source
 
 # our name of a column -> what files call it; the first is canonical and outranks the others
@@ -40,23 +41,6 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "loss_mask": ("loss_mask", "completion_mask", "assistant_masks"),
 }  # fmt: skip
 _BESIDE = ("system", "history", "tools")
-_ASKED = ("messages", "prompt", "instruction", "input", "query")
-# format -> (columns a record must have, columns it may have)
-COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ("system", "tools")),
-    "sharegpt": (("messages",), ("system", "tools")),
-    "alpaca": (("instruction", "output"), ("input", *_BESIDE)),
-    "prompt_completion": (("prompt", "completion"), ("tools",)),
-    "query_response": (("query", "response"), ("messages", *_BESIDE)),
-    "preference": (("chosen", "rejected"), (*_ASKED, "output", *_BESIDE)),
-    "unpaired": (("label",), (*_ASKED, "output", "response", "completion", *_BESIDE)),
-    "text": (("text",), ()),
-    "tokens": (("input_ids",), ("labels", "attention_mask", "loss_mask")),
-}
-_OTHER_NAME = {"conversations": "messages"}  # what columns may also call ours
-_TAG_NAMES = (
-    "role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag"
-)  # fmt: skip
 _AROUND = ("train", "records", "rows", "examples", "instances", "items")  # what wraps a list of records
 _JUDGED = ("sharegpt", "messages", "alpaca", "prompt_completion", "query_response")
 
@@ -96,7 +80,7 @@ class _Look:
     @property
     def mapping(self) -> dict[str, str]:
         given = self.source.columns or {}
-        return {_OTHER_NAME.get(ours, ours): theirs for ours, theirs in given.items()}
+        return {OTHER_NAME.get(ours, ours): theirs for ours, theirs in given.items()}
 
     @property
     def tags(self) -> dict[str, str]:
@@ -373,8 +357,8 @@ def _made(look: _Look, name: str, found: Found, *, recognised: bool, warnings: l
 def _check_names(look: _Look, name: str | None) -> None:
     source = look.source
     for key in look.source.columns or {}:
-        ours = _OTHER_NAME.get(key, key)
-        allowed = [*COLUMNS[name][0], *COLUMNS[name][1]] if name else list(ALIASES)
+        ours = OTHER_NAME.get(key, key)
+        allowed = columns_of(name or "auto")
         if ours not in allowed:
             of = f"format {name} has no such column" if name else "no format has such a column"
             raise UserError(
@@ -386,8 +370,8 @@ def _check_names(look: _Look, name: str | None) -> None:
                 f"{', '.join(look.columns)}. {nearest(look.mapping[ours], look.columns)}"
             )
     for key in look.tags:
-        if key not in _TAG_NAMES:
-            raise UserError(f"{source.path}: tags.{key}: expected {', '.join(_TAG_NAMES)}. {nearest(key, _TAG_NAMES)}")
+        if key not in TAGS:
+            raise UserError(f"{source.path}: tags.{key}: expected {', '.join(TAGS)}. {nearest(key, TAGS)}")
     if look.tags and name in ("alpaca", "prompt_completion", "query_response", "text", "tokens"):
         raise UserError(f"{source.path}: tags are for formats of messages, not {name}. Remove them.")
 

@@ -9,9 +9,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Any
 
-from launcher.data.formats.examples import Skip
+from launcher.data.formats.examples import Note, Skip
 from launcher.data.formats.values import decoded, kind, shown
 from launcher.errors import UserError, nearest
 
@@ -36,8 +38,10 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 _REFUSED = frozenset(
     {"images", "image", "videos", "video", "audios", "audio", "train_detail", "training_detail"}
 )  # fmt: skip
+_READ = frozenset({*_TRAIN, *_WEIGHT, *_REASONING, "tool_calls", "function_call", "name", "tool_call_id"}) | _REFUSED
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("reasoning", "thinking")
+_TWICE = "two assistant turns in a row"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +63,21 @@ class Reader:
         roles = {theirs: ours for theirs, ours in ROLES.items() if ours not in tagged.values()} | tagged
         return cls(tags.get("role_tag", role), tags.get("content_tag", content), roles)
 
-    def read(self, turns: Sequence[Any]) -> list[dict[str, Any]]:
+    def read(self, turns: Sequence[Any], note: Note = lambda reason: None) -> list[dict[str, Any]]:
         """All turns of a conversation.
 
+        Args:
+            note: told of the keys of messages that nothing reads.
         Raises:
             UserError: a turn cannot be read; names it, counted from 1.
         """
         messages: list[dict[str, Any]] = []
         for number, turn in enumerate(turns, 1):
-            for message in self._turn(turn, f"turn {number}"):
+            for message in self._turn(turn, f"turn {number}", note):
                 _add(messages, message)
         return messages
 
-    def _turn(self, turn: Any, place: str) -> list[dict[str, Any]]:
+    def _turn(self, turn: Any, place: str, note: Note) -> list[dict[str, Any]]:
         if not isinstance(turn, dict):
             raise UserError(f"{place}: is {kind(turn)}, expected a message with '{self.role}' and '{self.content}'.")
         role = self._role(turn, place)
@@ -81,6 +87,11 @@ class Reader:
         content = turn.get(self.content)
         if len(turn) == 2 and role != CALL and isinstance(content, str):
             return [{"role": role, "content": content}]
+        known = _known(self.role, self.content)
+        if not known.issuperset(turn):
+            for key in sorted(turn.keys() - known):
+                if turn[key] not in (None, "", [], {}):
+                    note(_unread(key, known))
         message: dict[str, Any] = {"role": "assistant" if role == CALL else role, "content": ""}
         _keep_training(turn, message, place)
         results: list[dict[str, Any]] = []
@@ -109,9 +120,12 @@ class Reader:
         names = ", ".join(list(known)[:10]) + (" and others" if len(known) > 10 else "")
         if given is None:
             raise UserError(f"{place}: '{self.role}' is null or missing, expected one of {names}.")
+        hint = nearest(str(given), self.roles)
+        meant = next((ours for name, ours in self.roles.items() if f"'{name}'" in hint), "user")
+        tag = next(tag for tag, ours in TAGS.items() if ours == meant)
         raise UserError(
-            f"{place}: unknown role {shown(given)}, expected {names}. {nearest(str(given), self.roles)} "
-            f"Or name it with tags, as tags: {{user_tag: {given}}}."
+            f"{place}: unknown role {shown(given)}, expected {names}. {f'{hint} Or name' if hint else 'Name'} it with "
+            f"tags, as tags: {{{tag}: {shown(str(given))[1:-1]}}}."
         )
 
     def _words(self, content: Any, turn: Mapping[str, Any], role: str, place: str) -> str:
@@ -125,7 +139,8 @@ class Reader:
             return json.dumps(content, ensure_ascii=False)
         if content is None and role == "assistant" and (turn.get("tool_calls") or turn.get("function_call")):
             return ""
-        raise UserError(f"{place}: '{self.content}' is {kind(content)}, expected text.")
+        what = kind(content) if content is not None or self.content in turn else "missing"
+        raise UserError(f"{place}: '{self.content}' is {what}, expected text. Fill it, or leave the record out.")
 
 
 def finish(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -146,6 +161,35 @@ def finish(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if message["role"] == "assistant" and is_empty(message) and is_trained(message):
             raise Skip("an assistant turn is empty")
     return messages
+
+
+def oddities(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is odd about the turns of a conversation that is still read, to be counted."""
+    odd = list(_odd_order(tuple([message["role"] for message in messages])))
+    if _TWICE in odd and not any(_follow(*both) for both in pairwise(messages)):
+        odd.remove(_TWICE)
+    for message in messages:
+        if message["role"] == "user" and not message["content"].strip():
+            return [*odd, "a user turn without words"]
+    return odd
+
+
+@lru_cache(4096)  # few orders are common
+def _odd_order(roles: tuple[str, ...]) -> tuple[str, ...]:
+    if "assistant" not in roles:
+        return ()
+    found = []
+    if roles[-1] != "assistant":
+        found.append(f"ends with a {'tool result' if roles[-1] == 'tool' else f'{roles[-1]} turn'}, nobody answers it")
+    if ("user", "user") in pairwise(roles):
+        found.append("two user turns in a row")
+    return (*found, _TWICE) if ("assistant", "assistant") in pairwise(roles) else tuple(found)
+
+
+def _follow(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether two turns are answers in a row; words beside tool calls may be turns of their own."""
+    calls = "tool_calls" in before or "tool_calls" in after
+    return before["role"] == after["role"] == "assistant" and not calls
 
 
 def is_empty(message: Mapping[str, Any]) -> bool:
@@ -173,6 +217,17 @@ def _tool(tool: Any, column: str) -> dict[str, Any]:
     if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
         raise UserError(f"column {column}: {shown(tool)} is no tool: expected an object with a name and parameters.")
     return {"type": "function", "function": tool}
+
+
+@cache
+def _known(role: str, content: str) -> frozenset[str]:
+    return _READ | {role, content}
+
+
+@lru_cache(1024)
+def _unread(key: str, known: frozenset[str]) -> str:
+    hint = nearest(key, sorted(known - _REFUSED))
+    return f"key {shown(key)} of a message is not read{f'. {hint}' if hint else ''}"
 
 
 def _add(messages: list[dict[str, Any]], message: dict[str, Any]) -> None:
@@ -204,7 +259,9 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         arguments = decoded(arguments, f"{place}: arguments") if arguments.strip() else {}
     if not isinstance(arguments, dict):
-        raise UserError(f"{place}: arguments are {kind(arguments)}, expected an object of names and values.")
+        raise UserError(
+            f'{place}: arguments are {kind(arguments)}, expected an object of names and values, as {{"city": "Rome"}}.'
+        )
     made = {"type": "function", "function": {"name": body["name"], "arguments": arguments}}
     return {"id": call["id"], **made} if isinstance(call.get("id"), str) else made
 

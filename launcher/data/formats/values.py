@@ -61,7 +61,12 @@ def decoded(value: Any, what: str, *, only: str = "") -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise UserError(f"{what} is not JSON: {error}: {shown(value)}") from error
+        raise UserError(f"{what} is not JSON: {complaint(error)}: {shown(value)}. Write it as JSON.") from error
+
+
+def complaint(error: ValueError) -> str:
+    """What JSON complains of, and where in the text; its own line numbers would be read as those of the file."""
+    return f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def kind(value: Any) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
-from launcher.errors import Problem
+from launcher.errors import Problem, nearest
 from launcher.recipe.paths import DATA_ENDINGS, looks_like_path, split_choice
-from launcher.recipe.schema import Recipe
+from launcher.recipe.schema import Recipe, Source
+from launcher.recipe.schema.columns import OTHER_NAME, TAGS, columns_of
 
+_REGISTRY = "dataset_info.json"
 _TAGGED = ("auto", "sharegpt", "messages", "preference", "unpaired")  # formats whose records may hold messages
 
 
@@ -28,9 +31,11 @@ def model_source(recipe: Recipe) -> Iterator[Problem]:
 
 
 def data_sources(recipe: Recipe) -> Iterator[Problem]:
-    """Only records of messages have tags, only hub datasets splits, subsets and folders."""
+    """Only records of messages have tags, only hub datasets splits and folders; what names and `#` may be."""
     for key, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for i, source in enumerate(sources):
+            yield from _choice(f"data.{key}.{i}", source)
+            yield from _names(f"data.{key}.{i}", source)
             if source.tags and source.format not in _TAGGED:
                 yield Problem(
                     f"data.{key}.{i}.tags",
@@ -47,6 +52,44 @@ def data_sources(recipe: Recipe) -> Iterator[Problem]:
                         f"null: only a hub dataset has a {name}, this is a file",
                         "Remove the key.",
                     )
+
+
+def _choice(key: str, source: Source) -> Iterator[Problem]:
+    """What stands behind `#`: a number of records, the name of a registry's entry, or one after the other."""
+    word, choice = split_choice(source.path)
+    first, *more = choice[1:].split("#")
+    registry = os.path.basename(word) == _REGISTRY or (word.endswith(".json") and choice and not first.isdecimal())
+    if registry and (not first or first.isdecimal()):
+        expected = f"the name of an entry behind it, as {word}#identity"
+        yield Problem(f"{key}.path", source.path, expected, f"{_REGISTRY} is a registry of data sets.")
+        return
+    if registry:
+        for name in ("columns", "tags", "folder", "subset", "split"):
+            if getattr(source, name) is not None:
+                expected = "null: the registry's entry says it"
+                yield Problem(f"{key}.{name}", getattr(source, name), expected, "Remove the key.")
+        if source.format != "auto":
+            yield Problem(f"{key}.format", source.format, "auto: the registry's entry says it", "Remove the key.")
+    numbers = more if registry else [first, *more] if choice else []
+    if any(not number.isdecimal() or int(number) < 1 for number in numbers) or len(numbers) > 1:
+        behind = f"{word}#{first}" if registry else word
+        yield Problem(f"{key}.path", source.path, f"a number of records behind the #, 1 or more, as {behind}#500")
+    elif numbers and source.max_samples is not None:
+        expected = f"null, because the path says #{numbers[0]}"
+        yield Problem(f"{key}.max_samples", source.max_samples, expected, "Keep one of the two.")
+
+
+def _names(key: str, source: Source) -> Iterator[Problem]:
+    """Columns that the format has, or any format for auto; tags that there are."""
+    allowed = columns_of(source.format)
+    for name, theirs in (source.columns or {}).items():
+        if OTHER_NAME.get(name, name) not in allowed:
+            of = "any format has" if source.format == "auto" else f"format {source.format} has"
+            expected = f"a name that {of}: {', '.join(allowed)}"
+            yield Problem(f"{key}.columns.{name}", theirs, expected, nearest(name, allowed))
+    for name, theirs in (source.tags or {}).items():
+        if name not in TAGS:
+            yield Problem(f"{key}.tags.{name}", theirs, f"one of {', '.join(TAGS)} as key", nearest(name, TAGS))
 
 
 def objective(recipe: Recipe) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from launcher.errors import Problem, nearest
 MISSING = "???"
 ROLES = ("system", "developer", "user", "assistant")  # whose turns may be trained
 MOST_PACKINGS = 64
+SHUFFLE_BUFFER = 1000
 
 
 @dataclass(kw_only=True, slots=True)
@@ -97,7 +98,7 @@ class Data:
     placeholders: dict[str, str] = field(default_factory=dict)
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
     streaming: bool = False
-    shuffle_buffer: int = 1000
+    shuffle_buffer: int = SHUFFLE_BUFFER
     cache_dir: str | None = None
     num_workers: int | None = None
 
@@ -205,9 +206,12 @@ def _rows(data: Data) -> Iterator[Problem]:
 def _stream(data: Data) -> Iterator[Problem]:
     if data.shuffle_buffer < 1:
         yield Problem("data.shuffle_buffer", data.shuffle_buffer, "1 document or more; 1 does not shuffle")
-    if not data.streaming:
-        return
     because = ("data.streaming",)
+    if not data.streaming:
+        if data.shuffle_buffer != SHUFFLE_BUFFER and data.shuffle_buffer >= 1:
+            expected = f"{SHUFFLE_BUFFER}, the default, without data.streaming: prepared rows are permuted as a whole"
+            yield Problem("data.shuffle_buffer", data.shuffle_buffer, expected, "Remove the key.", because=because)
+        return
     if data.eval_fraction:
         fix = "Give data.eval."
         expected = "0 with data.streaming: nothing is held out of a source without an end"
