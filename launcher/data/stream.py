@@ -52,7 +52,8 @@ def look(recipe: Recipe, *, tokenizer: dict[str, Any], model_vocab_size: int | N
     """
     lanes, words = recipe.train.global_batch_size, load_tokenizer(tokenizer_of(recipe))
     missing = missing_bytes(words)
-    lacking = [f"the tokenizer has no token for {len(missing)} of 256 bytes and drops them from texts"] if missing else []
+    said = f"the tokenizer has no token for {len(missing)} of 256 bytes and drops them from texts"
+    lacking = [said] if missing else []
     limit = model_vocab_size or tokenizer["vocab_size"]
     entries: list[dict[str, Any]] = []
     shelf = _shelf(recipe)

@@ -174,7 +174,7 @@ def unknown_marks(tokenizer: Any) -> list[str]:
 def missing_bytes(tokenizer: Any) -> bytes:
     """Bytes that a byte-level tokenizer has no token for; it drops them from texts without a word.
 
-    Reference: GPT-2's ``bytes_to_unicode``: a byte that is no printable Latin-1 character is written as one from 256 on.
+    Reference: GPT-2's ``bytes_to_unicode``: bytes that are no printable Latin-1 characters are written from 256 on.
     """
     from tokenizers import decoders
 
