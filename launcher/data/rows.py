@@ -192,6 +192,10 @@ def _fit(index: Index, folders: list[Path], losses: _Losses, data: Data, *, one_
         units = _units(cut)
         taught = _per_unit(cut.trained, units, np.minimum) > 0
     taught = np.repeat(taught, np.diff(units, append=cut.length.size))
+    if overlong == "truncate" and (same := taught & _same(cut, of_long, folders)).any():
+        losses.count(losses.dropped, "chosen and rejected are the same when truncated to seq_len", cut.take(same))
+        index, cut, of_long = index.take(~same), cut.take(~same), of_long[~same]
+        taught, origin = taught[~same], np.arange(index.length.size)
     lives = np.zeros(index.length.size, dtype=bool)
     lives[origin[taught]] = True
     reason = "truncated to seq_len" if overlong == "truncate" else "split at seq_len"
@@ -199,6 +203,19 @@ def _fit(index: Index, folders: list[Path], losses: _Losses, data: Data, *, one_
     losses.count(losses.dropped, f"no trained token left when {reason}", index.take(~lives))
     losses.count(losses.changed, "a piece without trained tokens left out", cut.take(~taught & lives[origin]))
     return cut.take(taught)
+
+
+def _same(cut: Index, of_long: NDArray[np.bool_], folders: list[Path]) -> NDArray[np.bool_]:
+    """Which documents are of a truncated pair whose two sides are now the same."""
+    same = np.zeros(cut.length.size, dtype=bool)
+    tokens: dict[int, NDArray[Any]] = {}
+    for i in np.flatnonzero(of_long & (cut.side == Side.chosen)).tolist():
+        number = int(cut.part[i])
+        if number not in tokens:
+            tokens[number] = open_part(folders[number])["tokens"]
+        one, other = (tokens[number][cut.start[j] : cut.start[j] + cut.length[j]] for j in (i, i + 1))
+        same[i : i + 2] = np.array_equal(one, other)
+    return same
 
 
 def _truncated(

@@ -127,6 +127,17 @@ def test_a_pair_of_which_one_side_teaches_nothing_after_truncation_goes_whole(tm
     assert not rows.changed  # what is dropped counts once
 
 
+def test_a_pair_whose_sides_are_the_same_after_truncation_is_dropped_and_counted(tmp_path):
+    where = part(tmp_path, [(4, 0, True), (30, 1, True), (31, 2, True), (30, 1, True), (30, 2, True)])
+    tokens = np.load(where / "tokens.npy")
+    tokens[34:65] = [*tokens[4:34], 7]
+    np.save(where / "tokens.npy", tokens)
+    rows = build_rows([[where]], [["made"]], held=Held.all, recipe=recipe(overlong="truncate"))
+    assert rows.index.length.tolist() == [4, 8, 8]
+    assert rows.dropped == {"chosen and rejected are the same when truncated to seq_len": 1}
+    assert rows.changed == {"truncated to seq_len": 1}
+
+
 def test_split_documents_are_whole_again_when_laid_together_and_no_piece_is_a_single_token(tmp_path):
     store, rows = laid(tmp_path, [(33, 0, True), (16, 0, True), (17, 0, True)], overlong="split")
     assert rows.index.length.tolist() == [16, 15, 2, 16, 15, 2]
