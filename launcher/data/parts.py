@@ -18,7 +18,14 @@ from launcher.data.lock import build_lock
 from launcher.data.sources import Listing, load, records
 from launcher.data.store import VERSION, sync_folder
 from launcher.data.tokenize import Shard, ShardContext, tokenise_shard
-from launcher.data.tokenizer import TokenizerSpec, describe_tokenizer, missing_bytes, replaces_template, unknown_marks
+from launcher.data.tokenizer import (
+    TokenizerSpec,
+    describe_tokenizer,
+    is_bare,
+    missing_bytes,
+    replaces_template,
+    unknown_marks,
+)
 from launcher.data.workers import map_unordered
 from launcher.errors import UserError
 
@@ -142,6 +149,8 @@ def _open(job: TokensJob, folder: Path, cache: Path, progress: Progress) -> _Ope
             f"writes of them is learnt as plain text"
         )
     said = form.said
+    if not form.conversational and form.name != "tokens" and is_bare(job.spec):
+        said += f"; documents end with {context.tokenizer().eos_token}, as tokenizer.json names no end token"
     if replaces_template(job.spec):
         said += "; data.chat_template replaces the tokenizer's own"
     return _Opened(

@@ -76,7 +76,7 @@ def look(recipe: Recipe, *, tokenizer: dict[str, Any], model_vocab_size: int | N
         entries.append({
             "name": name, "path": source.path, "format": form.name, "files": len(files), "block": _block(files, lanes),
             "fingerprint": _fingerprint(listing), "formats": [f"{source.path}: {said}"],
-            "warnings": [*form.warnings, *lacking],
+            "warnings": [f"{source.path}: {warning}" for warning in (*form.warnings, *lacking)],
         })  # fmt: skip
     shares = _shares(recipe)
     return {

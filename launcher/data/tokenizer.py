@@ -99,9 +99,8 @@ def load_tokenizer(spec: TokenizerSpec) -> Any:
 
     place = locate(spec.name, spec.revision)
     file = place if place.is_file() else place / "tokenizer.json"
-    bare = place.is_file() or (file.exists() and not (place / "tokenizer_config.json").exists())
     try:
-        if bare:
+        if is_bare(spec):
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
             added = set(tokenizer.get_added_vocab())
             for name, candidates in (("eos_token", _EOS), ("pad_token", _PAD), ("bos_token", _BOS)):
@@ -125,6 +124,12 @@ def load_tokenizer(spec: TokenizerSpec) -> Any:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def is_bare(spec: TokenizerSpec) -> bool:
+    """Whether nothing but a tokenizer.json is there, which does not say what ends a text."""
+    place = locate(spec.name, spec.revision)
+    return place.is_file() or ((place / "tokenizer.json").exists() and not (place / "tokenizer_config.json").exists())
 
 
 def replaces_template(spec: TokenizerSpec) -> bool:

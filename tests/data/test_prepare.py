@@ -290,6 +290,14 @@ def test_a_full_disk_names_the_cache_folder_and_what_to_do(make, monkeypatch):
     prepare(make(pairs(3)))
 
 
+def test_the_end_token_that_a_bare_tokenizer_json_is_given_is_said(make, tokenizer):
+    recipe = make(pairs(3))
+    assert "documents end with" not in prepare(recipe).train["formats"][0]
+    recipe.model.tokenizer = str(tokenizer / "tokenizer.json")
+    (said,) = prepare(recipe).train["formats"]
+    assert said.endswith("; documents end with <|endoftext|>, as tokenizer.json names no end token")
+
+
 def test_a_tokenizer_that_drops_characters_is_warned_of(make, tokenizer, tmp_path):
     recipe = make(pairs(3))
     assert prepare(recipe).train["warnings"] == []
