@@ -134,6 +134,16 @@ def test_records_that_are_counted_and_files_that_are_gone_are_refused(words: Pat
         Lanes(made, given, rank=0, ranks=2)
 
 
+def test_warnings_name_their_source(words: Path, tmp_path: Path) -> None:
+    values = json.loads((words / "tokenizer.json").read_text())
+    values["model"]["vocab"].pop("\u0122")
+    (tmp_path / "poor.json").write_text(json.dumps(values))
+    texts, _ = two(tmp_path)
+    warnings = entry(recipe(words, texts, model__tokenizer=str(tmp_path / "poor.json")))["warnings"]
+    lacks = "the tokenizer has no token for 1 of 256 bytes and drops them from texts"
+    assert warnings == [f"{texts.path}: {lacks}"]
+
+
 def test_strict_is_refused_because_what_a_stream_loses_shows_only_later(words: Path, tmp_path: Path) -> None:
     made = recipe(words, *two(tmp_path), model__config={**LLAMA, "vocab_size": 400}, train__max_steps=7)
     prepared = prepare(made)
