@@ -216,7 +216,10 @@ def _wrapped(f: BinaryIO, at: int, name: str) -> int:
     first = f.readline()
     try:
         record = json.loads(first)
-        if not isinstance(record, dict) or list(record) != ["data"] or not isinstance(record["data"], list):
+        if not isinstance(record, dict) or not isinstance(record.get("data"), list):
+            return 0
+        alone = name.endswith(".json") and not f.read(_SHORT).strip() and any(map(_is_object, record["data"]))
+        if list(record) != ["data"] and not alone:
             return 0
     except (ValueError, RecursionError):  # an object over several lines, or a broken line; that one is found when read
         if first.strip() != b"{" and not name.endswith(".json"):
@@ -228,6 +231,10 @@ def _wrapped(f: BinaryIO, at: int, name: str) -> int:
         if first.strip() == b"{":
             raise
         return 0
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _items(f: BinaryIO, name: str, at: int) -> Iterator[tuple[int, int]]:

@@ -138,3 +138,10 @@ def test_a_broken_file_says_what_to_do(content, name, message, tmp_path):
     recipe = of(tmp_path, name)
     with pytest.raises(UserError, match=message):
         prepare(recipe)
+
+
+def test_a_system_column_beside_a_system_turn_is_counted_as_not_read():
+    lead = {"role": "system", "content": "Be short."}
+    assert noted({"messages": [lead, ASK, SAY], "system": "Be short."}) == []
+    (note,) = noted({"messages": [lead, ASK, SAY], "system": "Be long."})
+    assert note.startswith("the system column is not read")

@@ -35,6 +35,8 @@ def write(path):
         path.write_text(json.dumps({"data": RECORDS}, indent=2))
     elif path.name == "long.json":
         path.write_text(json.dumps({"version": {"data": [1]}, "data": RECORDS, "end": 0}, indent=2))
+    elif path.name == "line.json":
+        path.write_text(json.dumps({"version": 1, "data": RECORDS}))
     elif path.suffix == ".json":
         path.write_text(json.dumps(RECORDS, indent=path.name == "lines.json" or None))
     elif path.suffix == ".gz":
@@ -62,6 +64,7 @@ def write(path):
         "lines.json",
         "data.json",
         "long.json",
+        "line.json",
         "r.csv",
         "r.tsv",
         "r.parquet",

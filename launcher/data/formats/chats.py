@@ -44,8 +44,12 @@ def chat_turns(form: Format, record: Mapping[str, Any], note: Note) -> Turns:
     """The turns of a list of messages; a first turn of the system outranks the system column."""
     column = form.columns["messages"]
     messages = form.reader.read(listing(record, column, "messages"), note)
-    leads = messages and messages[0]["role"] in ("system", "developer")
-    return messages if leads else [*_system(form, record), *messages]
+    system = _system(form, record)
+    if not (messages and messages[0]["role"] in ("system", "developer")):
+        return [*system, *messages]
+    if system and system[0]["content"] != messages[0]["content"]:
+        note("the system column is not read: the conversation begins with a system message of its own")
+    return messages
 
 
 def alpaca_context(form: Format, record: Mapping[str, Any]) -> Turns:
