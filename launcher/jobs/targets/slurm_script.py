@@ -34,6 +34,16 @@ def script(specs: Sequence[JobSpec], *, name: str) -> str:
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
+def share_of_node(spec: JobSpec) -> Iterator[str]:
+    """How much of a node a job has beside its cores and GPUs, and for how long."""
+    slurm = spec.cluster.slurm
+    if slurm.exclusive:
+        yield "--exclusive"
+    yield f"--mem={slurm.mem}"
+    if spec.time_limit_min is not None:
+        yield f"--time={spec.time_limit_min}"
+
+
 def cores_of_a_node(spec: JobSpec) -> int | None:
     """Cores that are asked for on each node; None: all that it has."""
     slurm = spec.cluster.slurm
@@ -101,11 +111,7 @@ def _options(spec: JobSpec, name: str, runs: int) -> Iterator[str]:
         yield f"--gpus-per-node={spec.nproc_per_node}"
     if cores := cores_of_a_node(spec):
         yield f"--cpus-per-task={cores // tasks}"
-    if slurm.exclusive:
-        yield "--exclusive"
-    yield f"--mem={slurm.mem}"
-    if spec.time_limit_min is not None:
-        yield f"--time={spec.time_limit_min}"
+    yield from share_of_node(spec)
     yield f"--signal=B:USR1@{spec.stop_lead_s}"
     yield "--requeue" if slurm.requeue else "--no-requeue"
     yield "--open-mode=append"

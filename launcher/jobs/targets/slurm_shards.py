@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launcher.jobs.spec import JobSpec, Rendered
-from launcher.jobs.targets.slurm_script import cores_of_a_node, environment, queue_options, require_launcher
+from launcher.jobs.targets.slurm_script import (
+    cores_of_a_node,
+    environment,
+    queue_options,
+    require_launcher,
+    share_of_node,
+)
 
 SHARDS, MERGE, SUBMIT = "shards.sbatch", "merge.sbatch", "submit.sh"
 AFTER = ("--dependency=afterok:", "--kill-on-invalid-dep=yes")  # then the id of what has to succeed
@@ -54,11 +60,7 @@ def _options(spec: JobSpec) -> Iterator[str]:
     yield "--ntasks-per-node=1"
     if cores := cores_of_a_node(spec):
         yield f"--cpus-per-task={cores}"
-    if slurm.exclusive:
-        yield "--exclusive"
-    yield f"--mem={slurm.mem}"
-    if spec.time_limit_min is not None:
-        yield f"--time={spec.time_limit_min}"
+    yield from share_of_node(spec)
     yield "--requeue" if slurm.requeue else "--no-requeue"
     yield "--open-mode=append"
 
