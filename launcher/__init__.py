@@ -1,3 +1,3 @@
 """From one typed recipe to a running, resumable, fast training job."""
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"

@@ -75,8 +75,8 @@ class _Builder:
             if node.value is None and type(None) in typing.get_args(hint):
                 return self.leaf(node, key)
             kinds = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-            if len(kinds) > 1:  # plain types side by side, as bool | int
-                return self.leaf(node, key) if type(node.value) in kinds else self.complain(node, key, describe(hint))
+            if len(kinds) > 1:  # plain types and words side by side, as bool | int or int | Literal["auto"]
+                return self.leaf(node, key) if _is_one(node.value, kinds) else self.complain(node, key, describe(hint))
             hint = kinds[0]
         if is_dataclass(hint):
             return self.section(typing.cast(type, hint), node, key)
@@ -221,3 +221,11 @@ def _mapping_words(cls: type, key: str) -> str:
     names = ", ".join(f.name for f in fields(cls))
     preset = "" if "." in key else "the name of a preset, or "
     return f"{preset}a mapping with the keys {names}"
+
+
+def _is_one(value: Any, kinds: list[Any]) -> bool:
+    """Whether a value is of one of these plain types, or one of these words."""
+    return any(
+        value in typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else type(value) is kind
+        for kind in kinds
+    )

@@ -45,7 +45,7 @@ class Saver:
 
     def due(self, step: int) -> bool:
         """Whether the number of steps alone asks for one."""
-        return self._keys.every_steps is not None and step % self._keys.every_steps == 0
+        return isinstance(self._keys.every_steps, int) and step % self._keys.every_steps == 0
 
     def wanted(self) -> bool:
         """Rank 0's wish: minutes have passed, or a failed save is to be tried again."""

@@ -102,7 +102,7 @@ def checkpoints(recipe: Recipe) -> Iterator[Problem]:
     """What is kept is written."""
     checkpoint = recipe.checkpoint
     every, keep = checkpoint.every_steps, checkpoint.keep_every_steps
-    if every and keep and keep > 0 and keep % every and checkpoint.every_minutes is None:
+    if isinstance(every, int) and every > 0 and keep and keep > 0 and keep % every and checkpoint.every_minutes is None:
         near = max(1, round(keep / every)) * every
         yield Problem(
             "checkpoint.keep_every_steps", keep, f"a multiple of checkpoint.every_steps = {every}",

@@ -24,6 +24,7 @@ class Cluster:
 
     target: what `launcher submit` and `launcher render` use unless --target says otherwise
     nodes: machines
+    min_nodes: with so many a run goes on when others are lost, and takes them in again when they come back; null: all
     nproc_per_node: ranks on each machine, which is GPUs on each machine
     accelerator: auto takes the GPUs where there are any, else the CPU
     gpu_memory_gib: memory of one GPU in GiB; null: the plan is not checked against it
@@ -34,6 +35,8 @@ class Cluster:
     network_interface: by which the nodes of a job talk; null: the one that leads to node 0
     preflight: whether nodes and ranks are examined for some seconds before training starts
     snapshot: whether the job runs from a copy of the launcher's and the current repository's code
+    hang_timeout_s: a rank that has made no step for so long is hung; auto: learnt from the steps before; null: never
+    straggler_factor: a rank that computes so many times longer than the median of all is named; null: never
     restart: how often the run is started again by itself
     slurm: what only target slurm reads
     ray: what only target ray reads
@@ -45,6 +48,7 @@ class Cluster:
 
     target: Literal["torchrun", "accelerate", "slurm", "ray", "kubernetes"] = "torchrun"
     nodes: int = 1
+    min_nodes: int | None = None
     nproc_per_node: int = 1
     accelerator: Literal["auto", "cuda", "cpu"] = "auto"
     gpu_memory_gib: float | None = None
@@ -54,6 +58,8 @@ class Cluster:
     network_interface: str | None = None
     preflight: bool = True
     snapshot: bool = False
+    hang_timeout_s: int | Literal["auto"] | None = "auto"
+    straggler_factor: float | None = 1.5
     env: list[str] = field(default_factory=list)
     setup: list[str] = field(default_factory=list)
     restart: Restart = field(default_factory=Restart)
@@ -67,6 +73,13 @@ def check(cluster: Cluster) -> Iterator[Problem]:
     for key, unit in (("nodes", "node"), ("nproc_per_node", "rank a node")):
         if getattr(cluster, key) < 1:
             yield Problem(f"cluster.{key}", getattr(cluster, key), f"1 {unit} or more")
+    if cluster.min_nodes is not None and not 1 <= cluster.min_nodes <= cluster.nodes:
+        expected = f"1 to the {cluster.nodes} of cluster.nodes, or null"
+        yield Problem("cluster.min_nodes", cluster.min_nodes, expected, because=("cluster.nodes",))
+    if isinstance(cluster.hang_timeout_s, int) and cluster.hang_timeout_s < 1:
+        yield Problem("cluster.hang_timeout_s", cluster.hang_timeout_s, "1 second or more, auto, or null")
+    if cluster.straggler_factor is not None and cluster.straggler_factor <= 1:
+        yield Problem("cluster.straggler_factor", cluster.straggler_factor, "a number above 1, or null")
     if cluster.time_limit_min is not None and cluster.time_limit_min < 1:
         yield Problem("cluster.time_limit_min", cluster.time_limit_min, "1 minute or more, or null")
     if cluster.stop_lead_s is not None and not 1 <= cluster.stop_lead_s <= 65535:

@@ -24,8 +24,15 @@ class Train:
     tf32: let fp32 matrix products run in TF32 on a GPU (10 bits of mantissa): faster, and no longer exact fp32
     max_grad_norm: clip the gradient of the whole model to this norm; null: never
     eval_every_steps: evaluate before the first step, each so many steps and at the end; null: at the end only
-    on_nonfinite: a loss or gradient that is not finite ends the run (stop) or drops that step's update (skip, which
-        ends the run after 10 such steps in a row, MOST_SKIPPED_IN_A_ROW)
+    on_nonfinite: a loss or gradient that is not finite ends the run (stop), drops that step's update (skip), or takes
+        the run back to its last checkpoint and leaves that global batch out (rollback)
+    on_spike: the same for a loss far above what it was, or a line in the log (warn), or nothing (ignore)
+    spike_sigmas: how far above the median of the last spike_window losses counts as a spike, in standard deviations as
+        the median absolute deviation estimates them
+    spike_window: how many of the last losses that median is taken of
+    max_skips: global batches in a row without an update after which skip and rollback end the run all the same
+    replica_check_steps: compare each so many steps the weights that ranks hold in common, and name a rank that
+        differs; null: never
     """
 
     global_batch_size: int = MISSING  # type: ignore[assignment]
@@ -37,7 +44,12 @@ class Train:
     tf32: bool = False
     max_grad_norm: float | None = 1.0
     eval_every_steps: int | None = None
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    on_spike: Literal["ignore", "warn", "stop", "skip", "rollback"] = "warn"
+    spike_sigmas: float = 8.0
+    spike_window: int = 128
+    max_skips: int = 10
+    replica_check_steps: int | None = None
 
 
 def check(train: Train) -> Iterator[Problem]:
@@ -61,5 +73,13 @@ def check(train: Train) -> Iterator[Problem]:
         )
     if train.eval_every_steps is not None and train.eval_every_steps < 1:
         yield Problem("train.eval_every_steps", train.eval_every_steps, "1 step or more, or null")
+    if train.spike_sigmas <= 0:
+        yield Problem("train.spike_sigmas", train.spike_sigmas, "a number above 0")
+    if train.spike_window < 8:
+        yield Problem("train.spike_window", train.spike_window, "8 steps or more")
+    if train.max_skips < 1:
+        yield Problem("train.max_skips", train.max_skips, "1 or more")
+    if train.replica_check_steps is not None and train.replica_check_steps < 1:
+        yield Problem("train.replica_check_steps", train.replica_check_steps, "1 step or more, or null")
     if train.seed < 0:
         yield Problem("train.seed", train.seed, "0 or more")
