@@ -59,6 +59,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def left_out_file(self) -> Path:
+        return self.path / "left-out.jsonl"
+
+    @property
     def control(self) -> Path:
         return self.path / "control"
 
