@@ -38,12 +38,16 @@ def command(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 def rows(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str]]:
     """What to tell about a plan: a name and a sentence's worth of figures, a line each."""
+    from launcher.plan.elastic import plans
+
     yield "ranks", f"{plan.world_size} = {plan.nodes} x {plan.nproc_per_node} (nodes x ranks on each)"
     copies = f"{plan.mesh.replicate} {'copies' if plan.mesh.replicate > 1 else 'copy'} of the model state"
     yield "strategy", f"{recipe.strategy.kind}: {copies}, each on {_counted(plan.mesh.shard, 'rank')}"
     forwards = _counted(plan.accumulation_steps, "forward")
     parts = f"{_counted(plan.world_size, 'rank')} x {plan.micro_batch_size} a forward x {forwards}"
     yield "global batch", f"{_counted(plan.global_batch_size, 'row')} = {parts}"
+    if recipe.cluster.min_nodes is not None:
+        yield "elastic", "; ".join(_with_nodes(fewer) for fewer in plans(recipe))
     yield "tokens a step", f"{plan.tokens_per_step:,} at most ({plan.seq_len:,} a row)"
     yield "length", _counted(plan.max_steps, "step") if plan.max_steps else _epochs(plan.epochs)
     yield "precision", f"{plan.precision}, weights kept in {recipe.model.dtype}"
@@ -57,6 +61,14 @@ def rows(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _traffic(recipe, plan.traffic)
     if recipe.strategy.deepspeed:
         yield "not counted", "what strategy.deepspeed lays over the configuration"
+
+
+def _with_nodes(plan: Plan) -> str:
+    from launcher.plan.elastic import empty
+
+    spare = f", {_counted(slots, 'slot')} of weight 0" if (slots := empty(plan)) else ""
+    need = f", {size(plan.memory.total)}" if plan.memory else ""
+    return f"{_counted(plan.nodes, 'node')}: {_counted(plan.accumulation_steps, 'forward')} a rank{spare}{need}"
 
 
 def _model(recipe: Recipe, model: Parameters) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.errors import Problem, RecipeError
+from launcher.recipe import elastic
 from launcher.recipe.compose import Composed, draft, in_order
 from launcher.recipe.paths import (
     check_data_paths,
@@ -78,6 +79,7 @@ def _memory(recipe: Recipe) -> Iterator[Problem]:
     if recipe.model.config is None and (recipe.cluster.gpu_memory_gib is None or recipe.cluster.accelerator == "cpu"):
         return
     from launcher.plan import make_plan, memory_problems
+    from launcher.plan.elastic import elastic_problems
     from launcher.plan.saving import saving_problems
 
     try:
@@ -89,6 +91,7 @@ def _memory(recipe: Recipe) -> Iterator[Problem]:
         return
     yield from memory_problems(recipe, plan)
     yield from saving_problems(recipe, plan)
+    yield from elastic_problems(recipe)
 
 
 RULES: tuple[Rule, ...] = (
@@ -107,6 +110,7 @@ RULES: tuple[Rule, ...] = (
     sizes.lengths,
     sizes.mesh,
     sizes.groups,
+    elastic.shapes,
     sizes.checkpoints,
     together.precision,
     together.blocks,

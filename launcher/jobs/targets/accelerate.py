@@ -20,8 +20,11 @@ FILE = "accelerate.yaml"
 
 
 def problems(spec: JobSpec) -> Iterator[Problem]:
-    """Every recipe can be started so."""
-    yield from ()
+    """What of the recipe cannot be started so."""
+    if spec.cluster.min_nodes is not None and spec.nodes > 1:
+        expected = "null: accelerate launch starts a fixed number of machines"
+        fix = "Start launcher run on each node by hand, or take target torchrun, slurm or ray."
+        yield Problem("cluster.min_nodes", spec.cluster.min_nodes, expected, fix, because=("cluster.target",))
 
 
 def render(spec: JobSpec) -> Rendered:

@@ -166,6 +166,11 @@ def _together(spec: JobSpec, k8s: Kubernetes) -> Iterator[Problem]:
                 )
     if k8s.kind == "trainjob":
         yield from _train_job(k8s)
+    if spec.cluster.min_nodes is not None and k8s.kind != "rayjob":
+        why = "Trainer makes exactly numNodes pods" if k8s.kind == "trainjob" else "a JobSet makes all its pods anew"
+        expected = f"null with {KEY}.kind = {k8s.kind}: where a pod is lost, {why}"
+        fix = f"Remove the key, or take {KEY}.kind=rayjob."
+        yield Problem("cluster.min_nodes", spec.cluster.min_nodes, expected, fix, because=(f"{KEY}.kind",))
     if spec.cluster.snapshot:
         fix = "Build an image with the code, or keep the code below the mount."
         yield Problem("cluster.snapshot", True, f"false: pods run the code of {KEY}.image", fix)

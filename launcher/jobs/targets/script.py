@@ -23,8 +23,17 @@ def scripts(spec: JobSpec, *, starter: str, start: Callable[[JobSpec, int], list
     """
     if spec.nodes == 1:
         return Rendered({**spec.files, "job.sh": _alone(spec, starter, start(spec, 0))}, "bash job.sh")
+    return _a_node(spec, lambda node: _one_of_several(spec, node, starter, start(spec, node)))
+
+
+def workers(spec: JobSpec) -> Rendered:
+    """`node-0.sh`, `node-1.sh`, ... of which each node runs `launcher worker`, and may be started again alone."""
+    return _a_node(spec, lambda node: _worker(spec, node))
+
+
+def _a_node(spec: JobSpec, text: Callable[[int], str]) -> Rendered:
     names = [f"node-{i}.sh" for i in range(spec.nodes)]
-    texts = {name: _one_of_several(spec, node, starter, start(spec, node)) for node, name in enumerate(names)}
+    texts = {name: text(node) for node, name in enumerate(names)}
     lines = (f"on node {node}: {ENDPOINT}=HOST:PORT bash {name}" for node, name in enumerate(names))
     command = "\n".join(lines) + "\n(HOST:PORT: an address of node 0 that all nodes reach, and a free port there)"
     return Rendered({**spec.files, **texts}, command)
@@ -87,6 +96,14 @@ def _one_of_several(spec: JobSpec, node: int, starter: str, start: list[str]) ->
     if node == 0 and spec.time_limit_min is not None:
         lines += _time_limit(spec)
     return "\n".join([*lines, *before, f"exec {ranks}"]) + "\n"
+
+
+def _worker(spec: JobSpec, node: int) -> str:
+    least = spec.cluster.min_nodes
+    lines = _head(spec, f"node {node} of {spec.nodes}, of which {least} suffice; started again, it is taken in again.")
+    options = [f"--nodes {spec.nodes}", f"--node-rank {node}", f'--rendezvous "${ENDPOINT}"']
+    worker = command(f"exec launcher worker {shlex.quote(spec.run)}", '--recipe "$here/recipe.yaml"', *options)
+    return "\n".join([*lines, _HERE, worker]) + "\n"
 
 
 def _head(spec: JobSpec, what: str) -> list[str]:

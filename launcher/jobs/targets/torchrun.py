@@ -11,7 +11,7 @@ from launcher.jobs.job import Finding, Job
 from launcher.jobs.spec import ENDPOINT, JobSpec, Rendered
 from launcher.jobs.targets import process
 from launcher.jobs.targets.process import cancel, logs, status
-from launcher.jobs.targets.script import command, rendezvous_conf, scripts
+from launcher.jobs.targets.script import command, rendezvous_conf, scripts, workers
 
 __all__ = ["cancel", "logs", "problems", "render", "status", "submit", "validate"]
 
@@ -22,7 +22,12 @@ def problems(spec: JobSpec) -> Iterator[Problem]:
 
 
 def render(spec: JobSpec) -> Rendered:
-    """`job.sh`, or `node-0.sh`, `node-1.sh`, ... of which each node runs its own."""
+    """`job.sh`, or `node-0.sh`, `node-1.sh`, ... of which each node runs its own.
+
+    The nodes of an elastic job start `launcher worker`: plain torchrun knows no run that goes on with fewer.
+    """
+    if spec.nodes > 1 and spec.cluster.min_nodes is not None:
+        return workers(spec)
     return scripts(spec, starter="torchrun", start=_start)
 
 
