@@ -1,4 +1,4 @@
-"""The plans of an elastic run, one for each number of nodes that an attempt may have, and whether the fewest suffice."""
+"""The plans of an elastic run, one for each number of nodes an attempt may have, and whether the fewest suffice."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def elastic_problems(recipe: Recipe) -> Iterator[Problem]:
     need = {n: estimate(on_nodes(recipe, n), *known, make_mesh(on_nodes(recipe, n))).total for n in counts(recipe)}
     if limit is not None and need[most] <= limit * GIB < need[least]:
         fits = min(nodes for nodes in need if all(need[n] <= limit * GIB for n in range(nodes, most + 1)))
-        expected = (
-            f"{fits} or more: on {least} a rank needs at least {gib(need[least])} of the {limit:g} GiB of its GPU"
-        )
+        expected = f"{fits} or more: on {least} a rank needs {gib(need[least])} of the {limit:g} GiB of its GPU"
         because = ("cluster.gpu_memory_gib",)
         yield Problem("cluster.min_nodes", least, expected, f"Use {fits if fits < most else 'null'}.", because=because)
         return

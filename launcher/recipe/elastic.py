@@ -1,4 +1,4 @@
-"""Elastic recipes (`cluster.min_nodes`): the recipe as an attempt with fewer nodes has it, and what those must allow."""
+"""Elastic recipes (`cluster.min_nodes`): the recipe as an attempt with fewer nodes has it, and what it must allow."""
 
 from __future__ import annotations
 

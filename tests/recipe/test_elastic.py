@@ -1,4 +1,4 @@
-"""Elastic recipes: each number of nodes that an attempt may have is planned, and refused in words where it cannot be."""
+"""Elastic recipes: each number of nodes an attempt may have is planned, and refused in words where it cannot be."""
 
 from __future__ import annotations
 
