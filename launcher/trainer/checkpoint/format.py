@@ -19,16 +19,18 @@ import torch
 import xxhash
 from torch import Tensor
 
+from launcher.trainer.checkpoint.verify import CHUNK, CheckpointError, read_header
+
+__all__ = [
+    "DTYPES", "CheckpointError", "FileRecord", "HostBuffer", "Piece", "Snapshot", "head_bytes", "layout", "rank_file",
+    "read_header", "share_replicas", "stream_file", "take_snapshot", "write_file",
+]  # fmt: skip
+
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-CHUNK = 1 << 24  # bytes written and hashed at a time
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be written, or cannot be trusted; the text names folder, file and reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,24 +218,3 @@ def _chunks(snapshot: Snapshot) -> Iterator[memoryview]:
         data = memoryview(tensor.numpy())
         for at in range(0, len(data), CHUNK):
             yield data[at : at + CHUNK]
-
-
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
-    """(tensors by key, metadata, offset of the buffer in bytes) of one file, without reading the buffer.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it does not begin with a header.
-    """
-    with open(path, "rb") as file:
-        length_bytes = file.read(8)
-        if len(length_bytes) < 8:
-            raise ValueError("no header")
-        (length,) = struct.unpack("<Q", length_bytes)
-        if length > path.stat().st_size:
-            raise ValueError("no header")
-        header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("no header")
-    metadata = header.pop("__metadata__", {})
-    return header, metadata if isinstance(metadata, dict) else {}, 8 + length
