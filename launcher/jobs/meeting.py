@@ -186,6 +186,14 @@ class Meeting:
         """Which node is lost to this one and since when; None if all is well."""
         return self._watch.lost()
 
+    def tell(self, word: str) -> None:
+        """What node 0 is to read of this node, or on node 0 all the others, with the next beats; it waits for nobody."""
+        self._watch.word = word
+
+    def told(self) -> dict[int, str]:
+        """By node rank what was told last: on node 0 by each of the others, elsewhere by node 0."""
+        return dict(self._watch.words)
+
     # ending
 
     def last_word(self, died: Mapping[int, str]) -> None:
@@ -432,6 +440,7 @@ class _Watch:
 
     def __init__(self, store: Any, node: Node) -> None:
         self._store, self._node = store, node
+        self.word, self.words = "", dict[int, str]()
         self._names: dict[int, str] = {0: "?"} if node.rank else {}
         self._moved: dict[int, float] = {rank: time.monotonic() for rank in self._names}
         self._counts: dict[int, int] = {}
@@ -468,15 +477,20 @@ class _Watch:
         self._ended.set()
 
     def _run(self) -> None:
-        own = _key("beat", self._node.rank)
+        own, said = _key("beat", self._node.rank), ""
         try:
             while True:
                 self._store.add(own, 1)
+                if (word := self.word) != said:
+                    self._store.set(_key("told", self._node.rank), word)
+                    said = word
                 for rank in list(self._moved):
                     count = self._store.add(_key("beat", rank), 0)
                     if count != self._counts.get(rank):
                         self._counts[rank] = count
                         self._moved[rank] = time.monotonic()
+                    if self._store.check([_key("told", rank)]):
+                        self.words[rank] = self._store.get(_key("told", rank)).decode()
                 if self._ended.wait(BEAT_S):
                     return
         except Exception:  # the connection ended, as when node 0 has gone
