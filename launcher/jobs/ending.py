@@ -26,9 +26,12 @@ class Ending:
         cancelled by a person
     failure_class: of `Outcome`, or `cancelled`; None when it finished
     step: last optimizer step that a rank told of, None if none did
-    rank: the one that failed first, with its node, message and traceback
+    rank: the one that failed first, with its node, message and traceback, the steps it had finished and when it said so
+        (Unix seconds of its host, for people only)
+    rolls_back: its failure is mended by going on from the last checkpoint (`Outcome`)
     for_good: no restart whatever the class, as when a person ended it at once
-    verdict, why: whether it is started again, once that is decided
+    verdict, why: what whoever started this process is to do once it has ended, as soon as that is decided
+    again: this process makes the next start itself, so it does not end; after a pause of pause_s seconds
     """
 
     status: Status
@@ -38,9 +41,14 @@ class Ending:
     node: str = ""
     message: str = ""
     traceback: str = ""
+    rank_step: int | None = None
+    time: float | None = None
+    rolls_back: bool = False
     for_good: bool = False
     verdict: Verdict | None = None
     why: str = ""
+    again: bool = False
+    pause_s: float = 0.0
 
     @property
     def exit_code(self) -> int:
@@ -84,6 +92,9 @@ def judge(outcomes: Mapping[int, Outcome], died: Mapping[int, str], *, ranks: ra
             node=outcome.node,
             message=outcome.message,
             traceback=outcome.traceback,
+            rank_step=outcome.step,
+            time=outcome.time,
+            rolls_back=outcome.rolls_back,
         )
     if silent:
         rank, how = min(silent.items())

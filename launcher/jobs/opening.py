@@ -16,7 +16,7 @@ from launcher.recipe.check import Rule, load
 from launcher.recipe.schema import Recipe, to_dict
 from launcher.run.data import require_current
 from launcher.run.directory import RunDirectory
-from launcher.run.lease import Submission, hold_lease
+from launcher.run.lease import Lease, Submission, hold_lease
 from launcher.run.ledger import CheckpointRef, latest_attempt, valid_checkpoints
 from launcher.run.state import reached_end
 
@@ -32,7 +32,7 @@ def run_directory(recipe: Recipe) -> RunDirectory:
 @contextmanager
 def owned(
     run: RunDirectory, submission: Submission | None = None, say: Callable[[str], object] = lambda text: None
-) -> Iterator[None]:
+) -> Iterator[Lease]:
     """Hold the lease of a run that may not exist yet; `say` tells of a wait and of a take-over.
 
     Raises:
@@ -42,10 +42,10 @@ def owned(
     made = not parent.exists()
     with ExitStack() as stack:
         try:
-            stack.enter_context(hold_lease(run, submission=submission, waiting=say))
+            lease = stack.enter_context(hold_lease(run, submission=submission, waiting=say))
         except OSError as error:
             raise UserError(f"run.dir = {run.path.parent}: {run.path} cannot be written ({error.strerror}).") from None
-        yield
+        yield lease
     if made and not any(parent.iterdir()):  # the run was discarded
         parent.rmdir()
 

@@ -1,7 +1,8 @@
 """Whether a run is started again: decided by the class of its end, budgets by class, and whether it gets on (L10).
 
-The ledger is what is counted: the starts of one job (one submission), the newest last. A start that left no `end` line
-died without a word and counts as `node`. Whoever starts the run under another job id begins a new count.
+The ledger is what is counted: the starts of one job, the newest last, whoever made them. A job is one submission with
+all its restarts by the scheduler and by the launcher itself; by hand it is one start by a person with the launcher's
+own restarts. A start that left no `end` line died without a word and counts as `node`.
 """
 
 from __future__ import annotations
@@ -12,21 +13,24 @@ from dataclasses import dataclass, fields, replace
 from launcher.errors import UserError
 from launcher.jobs.ending import Ending
 from launcher.recipe.schema.restart import Restart
-from launcher.run.control import CANCEL, Verdict, clear_stop, stop_reason
+from launcher.run.control import CANCEL, Verdict, clear_stop, stop_reason, stop_requested
 from launcher.run.directory import RunDirectory, parse_checkpoint_name
-from launcher.run.ledger import Attempt, attempts, valid_checkpoints
+from launcher.run.ledger import Attempt, attempts, latest_attempt, valid_checkpoints
 
-BUDGETS = ("node", "communication", "hang", "unknown")  # classes with a key in cluster.restart
-BY_HAND = "local"  # the target of a start that no scheduler made, so that nobody counts how often
-_OUTLIVED = ("preemption", "communication", "node", "unknown")  # classes of an end that a cancel itself may have caused
+# classes with a key in cluster.restart
+BUDGETS = ("preemption", "node", "communication", "hang", "non_finite", "out_of_memory", "data", "unknown")
+BY_HAND = "local"  # the target of a start that no scheduler made
+_MENDED = ("user", "data", "out_of_memory", "non_finite")  # a person who starts such a job again has mended it
+_OUTLIVED = ("preemption", "communication", "node", "hang", "unknown")  # what a cancel itself may have caused
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The word for the scheduler's script, and why, for people."""
+    """Whether the job goes on, and why, for people; after a pause of so many seconds."""
 
     verdict: Verdict
     why: str
+    pause_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +47,22 @@ class Start:
     progress: bool
 
 
-def concluded(run: RunDirectory, attempt: int, ending: Ending) -> Ending:
-    """An ending as it counts and with its verdict; its `end` line is not yet written."""
+def concluded(run: RunDirectory, attempt: int, ending: Ending, *, within: bool = False, enough: bool = False) -> Ending:
+    """An ending as it counts, with its verdict; its `end` line is not yet written.
+
+    within: the caller can make the next start itself, which it does where the result says `again`
+    enough: the nodes that are left are enough for it also after an end of class `node`
+    """
     ending = _cancelled(run, ending)
     limits = _limits(run)
     try:
         decision = decide(run, attempt, ending, limits)
     except OSError:  # the ledger cannot be read, so nothing can be counted
         decision = by_class(ending, limits)
-    return replace(ending, verdict=decision.verdict, why=decision.why)
+    for_scheduler = ending.failure_class == "preemption" or (ending.failure_class == "node" and not enough)
+    again = within and decision.verdict == "requeue" and not for_scheduler and not stop_requested(run)
+    pause = decision.pause_s if again else 0.0
+    return replace(ending, verdict=decision.verdict, why=decision.why, again=again, pause_s=pause)
 
 
 def decide(run: RunDirectory, attempt: int, ending: Ending, limits: Restart) -> Decision:
@@ -60,32 +71,35 @@ def decide(run: RunDirectory, attempt: int, ending: Ending, limits: Restart) -> 
     Raises:
         OSError: the ledger cannot be read; `by_class` decides without it.
     """
-    job = _job_of(run, attempt)
     ends = {attempt: ending.failure_class or ending.status}
-    starts = _starts(job, reached=_newest_checkpoint(run), ends=ends)
-    return by_class(ending, limits, starts, by_hand=bool(job) and job[-1].target == BY_HAND)
+    return by_class(ending, limits, _starts(_job_of(run, attempt), reached=_newest_checkpoint(run), ends=ends))
 
 
-def by_class(ending: Ending, limits: Restart, starts: Sequence[Start] = (), *, by_hand: bool = False) -> Decision:
+def by_class(ending: Ending, limits: Restart, starts: Sequence[Start] = ()) -> Decision:
     """The decision, given the starts of the job with the one that ended last; none: it is taken for the first."""
     if ending.status in ("finished", "cancelled"):
         return Decision("stop", ending.message or ending.status)
     if ending.for_good:
         return Decision("stop", ending.message)
     kind = ending.failure_class or "unknown"
-    if kind not in ("preemption", *BUDGETS):
+    if kind not in BUDGETS or (kind == "non_finite" and not ending.rolls_back):
         return Decision("stop", f"{kind}: another start would end the same way")
-    if by_hand and kind == "unknown":
-        return Decision("stop", "unknown: started by hand, where nobody counts how often")
     starts = starts or (Start(1, kind, silent=False, progress=True),)
     if (limit := _limit_reached(starts, limits)) is not None:
         return Decision("stop", limit)
     if kind == "preemption":
         at = "before its first step" if ending.step is None else f"with a checkpoint of step {ending.step}"
         return Decision("requeue", f"preemption: stopped {at}")
-    if by_hand:
-        return Decision("requeue", f"{kind}: another start may pass; started by hand, so a person makes it")
-    return Decision("requeue", f"{kind}: restart {len(_of_class(starts, kind))} of {getattr(limits, kind)}")
+    count = f"{kind}: restart {len(_of_class(starts, kind))} of {getattr(limits, kind)}"
+    return Decision("requeue", count, pause_s(len(_idle(starts)), limits))
+
+
+def pause_s(idle: int, limits: Restart) -> float:
+    """Seconds before the next start, when so many in a row have left no newer checkpoint; none after progress."""
+    if idle == 0:
+        return 0.0
+    doubled = min(idle - 1, 64)
+    return float(min(limits.backoff_s * 2**doubled, limits.backoff_max_s))
 
 
 def refusal(run: RunDirectory, attempt: int) -> Ending | None:
@@ -100,16 +114,36 @@ def refusal(run: RunDirectory, attempt: int) -> Ending | None:
     if (reason := _cancel_reason(run)) is not None:
         return Ending(status="cancelled", failure_class="cancelled", message=reason)
     starts = _starts(before, reached=_newest_accepted(latest), ends={})
-    if starts[-1].end not in ("preemption", *BUDGETS) or (limit := _limit_reached(starts, _limits(run))) is None:
+    if starts[-1].end not in BUDGETS or starts[-1].end in _MENDED:
+        return None
+    if (limit := _limit_reached(starts, _limits(run))) is None:
         return None
     message = f"not started again: {limit}. A new submission, or launcher resume {run.path}, counts afresh"
     return Ending(status="failed", failure_class=starts[-1].end, message=message, for_good=True)
 
 
+def asked_to_stop(run: RunDirectory, ending: Ending, asker: str) -> Ending:
+    """The ending of an attempt after which the next start was called off: the scheduler's, or a person's, to make."""
+    if (reason := _cancel_reason(run)) is not None:
+        return replace(
+            ending, status="cancelled", failure_class="cancelled", message=reason, again=False, verdict="stop"
+        )
+    message = f"{asker} before attempt {latest_attempt(run) + 1}, which was to begin after: {ending.message}"
+    return replace(
+        ending, status="preempted", failure_class="preemption", step=_newest_checkpoint(run) or None, message=message,
+        again=False,
+    )  # fmt: skip
+
+
 def forget_stop(run: RunDirectory, attempt: int) -> None:
-    """A new start takes back what was asked of the one before, but a job that was cancelled does not come back."""
-    if _cancel_reason(run) is None or len(_job_of(run, attempt)) < 2:
-        clear_stop(run)
+    """A new start takes back what was asked of the one before, but a job that was cancelled does not come back.
+
+    What was asked between two attempts of one launcher was asked of the next one, too.
+    """
+    *before, latest = _job_of(run, attempt)
+    if latest.within or (before and _cancel_reason(run) is not None):
+        return
+    clear_stop(run)
 
 
 def _cancelled(run: RunDirectory, ending: Ending) -> Ending:
@@ -139,16 +173,23 @@ def _limits(run: RunDirectory) -> Restart:
 def _limit_reached(starts: Sequence[Start], limits: Restart) -> str | None:
     """Which limit the last start has reached, and by which starts; None if the run may go on."""
     kind = starts[-1].end
-    if kind in BUDGETS and len(same := _of_class(starts, kind)) > (budget := getattr(limits, kind)):
+    budget = getattr(limits, kind) if kind in BUDGETS else None
+    if budget is not None and len(same := _of_class(starts, kind)) > budget:
         restarts = "restart" if budget == 1 else "restarts"
-        return f"{kind}: cluster.restart.{kind} allows {budget} {restarts}, used up by {_named(same)}"
-    still = len(starts)
-    while still and not starts[still - 1].progress:
-        still -= 1
-    if len(idle := starts[still:]) >= limits.no_progress:
+        used = f", used up by {_named(same)}" if budget else ""
+        return f"{kind}: cluster.restart.{kind} allows {budget} {restarts}{used}"
+    if len(idle := _idle(starts)) >= limits.no_progress:
         key = f"cluster.restart.no_progress = {limits.no_progress}"
         return f"no progress: {_named(idle)} left no newer checkpoint ({key})"
     return None
+
+
+def _idle(starts: Sequence[Start]) -> Sequence[Start]:
+    """The last starts in a row that left no newer checkpoint."""
+    still = len(starts)
+    while still and not starts[still - 1].progress:
+        still -= 1
+    return starts[still:]
 
 
 def _of_class(starts: Sequence[Start], kind: str) -> list[Start]:
@@ -173,9 +214,11 @@ def _job_of(run: RunDirectory, number: int) -> list[Attempt]:
 
 
 def _is_restart(later: Attempt, earlier: Attempt) -> bool:
-    """Whether a scheduler started the later one again, and no person did under the same job id."""
+    """Whether the launcher or a scheduler started the later one again, and no person did under the same job id."""
     if later.job_id is None or (later.target, later.job_id) != (earlier.target, earlier.job_id):
         return False
+    if later.within or later.target == BY_HAND:
+        return later.within
     return later.restart is None or earlier.restart is None or later.restart > earlier.restart
 
 

@@ -1,6 +1,7 @@
-"""One attempt of a run on this node, from lease to exit code: prepare, ranks under torch's agent, outcomes, verdict.
+"""The attempts of a run on this node, from lease to exit code: prepare, ranks under torch's agent, outcomes, verdict.
 
-Restarts are new attempts of the whole run, decided in `launcher.jobs.restart`; nothing is restarted in place.
+Restarts are new attempts of the whole run, decided in `launcher.jobs.restart`. This process makes them itself with the
+same lease and fork server, unless they are the scheduler's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from launcher.errors import EXIT_FINISHED, UserError
@@ -31,12 +32,20 @@ from launcher.jobs.spec import job_spec, stop_after_s
 from launcher.jobs.targets import render
 from launcher.plan import Plan, make_plan
 from launcher.recipe.schema import Recipe
-from launcher.run.control import clear_stop, read_outcomes, request_stop, write_verdict
+from launcher.run.control import clear_stop, read_outcomes, request_stop, stop_reason, stop_requested, write_verdict
 from launcher.run.data import remarks
 from launcher.run.directory import RunDirectory
 from launcher.run.files import read_json
-from launcher.run.lease import Submission
-from launcher.run.ledger import Attempt, attempts, end_attempt, start_attempt
+from launcher.run.lease import Lease, Submission
+from launcher.run.ledger import (
+    Attempt,
+    Failure,
+    attempts,
+    end_attempt,
+    latest_attempt,
+    start_attempt,
+    valid_checkpoints,
+)
 from launcher.run.provenance import record_beside, recorded
 from launcher.run.reserve import give_up, insist, keep_back
 from launcher.run.state import StaleAttempt, reached_end, write_state
@@ -81,7 +90,7 @@ def launch(recipe: Recipe, *, force: bool, console: Console, reason: str = "run"
     with Signals() as signals:
         machine = ready_machine(recipe, console.say)
         seen = preflight.Seen() if reached_end(run) else preflight.before_launch(recipe, plan, run, console.say)
-        with owned(run):
+        with owned(run) as lease:
             with written(run):
                 open_run(run, recipe, plan, force=force, say=console.say)
                 if is_finished(run, recipe, console.say):
@@ -90,8 +99,20 @@ def launch(recipe: Recipe, *, force: bool, console: Console, reason: str = "run"
                 if snapshot.enter(run, recipe):
                     warm.renew(recipe.strategy.kind, machine.accelerator)
                 seen.keep(run, attempt)
-            ending = supervise(run, recipe, plan, attempt, Node(), machine, console, signals, started=started)
-            ending = conclude(run, attempt, ending)
+            while True:
+                ending = restart.refusal(run, attempt)
+                ending = ending or supervise(
+                    run, recipe, plan, attempt, Node(), machine, console, signals, started=started
+                )
+                ending = conclude(run, attempt, ending, within=True, enough=True)
+                if not ending.again:
+                    break
+                tell_restart(run, attempt, ending, console)
+                ending = paused(run, attempt, ending, lease, signals, deadline=stop_at(recipe, started))
+                if not ending.again:
+                    break
+                warm.start(recipe.strategy.kind, machine.accelerator)  # it may have died, too
+                attempt = begin(run, recipe, plan, reason="restarted", within=True)
             if ending.failure_class == "user":
                 discard_if_fresh(run, attempt)
     tell(run, attempt, ending, console)
@@ -133,17 +154,28 @@ def ready_machine(recipe: Recipe, say: Callable[[str], None]) -> Machine:
     return Machine(socket.gethostname(), device, threads)
 
 
-def begin(run: RunDirectory, recipe: Recipe, plan: Plan, *, reason: str, submission: Submission | None = None) -> int:
+def begin(
+    run: RunDirectory,
+    recipe: Recipe,
+    plan: Plan,
+    *,
+    reason: str,
+    submission: Submission | None = None,
+    within: bool = False,
+) -> int:
     """Start an attempt in the ledger and keep the job as text beside it; the caller holds the lease.
 
     Scripts are kept of a job on one machine; what a target was handed lies in the submission's folder.
 
     submission: which start of which job this is; None: by hand, on this machine or on several
+    within: this process has seen the attempt before end, and starts the next one itself
     """
     nodes = [socket.gethostname()] if plan.nodes == 1 else plan.nodes
     by = submission or Submission(target=restart.BY_HAND, job_id=str(os.getpid()))
     number = by.restart if submission else None
-    attempt = start_attempt(run, target=by.target, job_id=by.job_id, restart=number, nodes=nodes, reason=reason)
+    attempt = start_attempt(
+        run, target=by.target, job_id=by.job_id, restart=number, nodes=nodes, reason=reason, within=within
+    )
     restart.forget_stop(run, attempt)
     job = run.job(attempt)
     job.mkdir(parents=True, exist_ok=True)
@@ -189,8 +221,7 @@ def supervise(
         environment={**machine.environment(), **node.environment},
         log=run.logs(attempt, machine.name) / f"agent-{node.rank}.log",
     )
-    limit = stop_after_s(recipe.cluster)
-    deadline = None if limit is None else started + limit
+    deadline = stop_at(recipe, started)
     for _ in ticks(lambda: agent.done() or signals.at_once):
         pass_on_stop(run, signals, deadline, console.say)
         console.poll()
@@ -268,20 +299,41 @@ def prepared(
     return None
 
 
-def conclude(run: RunDirectory, attempt: int, ending: Ending) -> Ending:
+def conclude(run: RunDirectory, attempt: int, ending: Ending, *, within: bool = False, enough: bool = False) -> Ending:
     """Decide whether the run is started again, and write how the attempt ended: ledger, state, verdict.
 
+    State and verdict are those of the end of this process; where it goes on by itself, the ledger alone is written.
     What cannot be written, though the reserve is given up for it, is said on standard error in one line.
 
+    within, enough: as of `launcher.jobs.restart.concluded`
     Returns:
-        The ending with the verdict, and as `cancelled` where a person did that meanwhile.
+        The ending with the verdict and whether it goes on, and as `cancelled` where a person did that meanwhile.
     """
     recorded()
-    ending = restart.concluded(run, attempt, ending)
+    ending = restart.concluded(run, attempt, ending, within=within, enough=enough)
 
     def write_end() -> None:
         outcome_class = ending.failure_class or ending.status
-        end_attempt(run, attempt, step=ending.step, outcome_class=outcome_class, verdict=ending.verdict, why=ending.why)
+        end_attempt(
+            run, attempt, step=ending.step, outcome_class=outcome_class, verdict=ending.verdict, why=ending.why,
+            again=ending.again, first=_first(ending),
+        )  # fmt: skip
+
+    words = {run.ledger_file.name: write_end}
+    lost = _lost(run, words if ending.again else words | _last_words(run, attempt, ending))
+    if lost and ending.again:  # then the next start could not be written down either
+        ending = replace(ending, again=False)
+        lost |= _lost(run, _last_words(run, attempt, ending)) or {}
+    if lost is None:
+        return replace(ending, again=False)
+    if not ending.again:
+        _leave(run)
+    _tell_lost(run, lost)
+    return ending
+
+
+def _last_words(run: RunDirectory, attempt: int, ending: Ending) -> dict[str, Callable[[], None]]:
+    """What outlives this process, by the names of the files."""
 
     def write_last_state() -> None:
         said = read_json(run.state_file) or {}
@@ -292,22 +344,86 @@ def conclude(run: RunDirectory, attempt: int, ending: Ending) -> Ending:
         assert ending.verdict is not None
         write_verdict(run, ending.verdict, attempt=attempt)
 
+    return {run.state_file.name: write_last_state, "verdict": write_last_verdict}
+
+
+def _lost(run: RunDirectory, words: Mapping[str, Callable[[], None]]) -> dict[str, str] | None:
+    """What could not be written, by the names of the files, and why.
+
+    None: this attempt was cut off, and the run was started again elsewhere: it is not ours to speak for.
+    """
     lost = {}
-    words = {run.ledger_file.name: write_end, run.state_file.name: write_last_state, "verdict": write_last_verdict}
     for name, write in words.items():
         try:
             insist(write, run.reserve)
         except StaleAttempt:
-            return ending  # cut off, and started again elsewhere: the run is not ours to speak for
+            return None
         except OSError as error:
             lost[name] = error.strerror or str(error)
-    give_up(run.reserve)
-    with contextlib.suppress(OSError):
-        clear_stop(run)
+    return lost
+
+
+def _tell_lost(run: RunDirectory, lost: Mapping[str, str]) -> None:
     if lost:
         reasons = ", ".join(sorted(set(lost.values())))
         print(f"warning: {run.path}: {', '.join(lost)} could not be written ({reasons})", file=sys.stderr)
+
+
+def _leave(run: RunDirectory) -> None:
+    """Free what was kept back; a stop request has been answered."""
+    give_up(run.reserve)
+    with contextlib.suppress(OSError):
+        clear_stop(run)
+
+
+def _first(ending: Ending) -> Failure | None:
+    """What went wrong first, as the ledger keeps it."""
+    if ending.status != "failed":
+        return None
+    return Failure(
+        rank=ending.rank,
+        node=ending.node,
+        step=ending.rank_step if ending.rank is not None else ending.step,
+        failure_class=ending.failure_class or "unknown",
+        message=ending.message,
+        traceback=ending.traceback,
+        time=ending.time or time.time(),
+    )
+
+
+def paused(
+    run: RunDirectory, attempt: int, ending: Ending, lease: Lease, signals: Signals, *, deadline: float | None
+) -> Ending:
+    """Wait before the next start; the ending with `again` if it is to be made, else as it counts in the end.
+
+    A signal, the time limit, a stop request and the loss of the lease end the wait at once. What outlives this process
+    is then written.
+
+    deadline: monotonic time of the time limit
+    """
+    until = time.monotonic() + ending.pause_s
+    while True:
+        if signals.stop is None and deadline is not None and time.monotonic() >= deadline:
+            signals.stop = "time limit"
+        if lease.lost or (signals.stop is not None or stop_requested(run)) or time.monotonic() >= until:
+            break
+        time.sleep(min(_POLL_S, max(0.0, until - time.monotonic())))
+    lease.beat()
+    if lease.lost or latest_attempt(run) > attempt:
+        return replace(ending, again=False, message=f"{ending.message}; {run.path} has been taken over meanwhile")
+    if signals.stop is None and not stop_requested(run):
+        return ending
+    ending = restart.asked_to_stop(run, ending, signals.stop or stop_reason(run) or "a stop request")
+    if (lost := _lost(run, _last_words(run, attempt, ending))) is not None:
+        _leave(run)
+        _tell_lost(run, lost)
     return ending
+
+
+def stop_at(recipe: Recipe, started: float) -> float | None:
+    """Monotonic time at which the time limit asks a job that began at `started` to stop; None without a limit."""
+    limit = stop_after_s(recipe.cluster)
+    return None if limit is None else started + limit
 
 
 def tell(run: RunDirectory, attempt: int, ending: Ending, console: Console) -> None:
@@ -323,17 +439,32 @@ def tell(run: RunDirectory, attempt: int, ending: Ending, console: Console) -> N
         why = f" ({ending.message})" if ending.message else ""
         console.say(f"stopped{step}{why}. {_how_to_go_on(run, attempt)}")
     else:
-        if ending.traceback and not (ending.rank == 0 and console.streams_log):
-            console.say(ending.traceback.rstrip())
-        who = "" if ending.rank is None else f" by rank {ending.rank}" + (f" on {ending.node}" if ending.node else "")
-        console.say(f"failed{step}{who} ({ending.failure_class}): {ending.message}")
-        if advice := cure(ending.message, ending.traceback):
-            console.say(f"what to do: {advice}")
+        _tell_failure(ending, console)
         if ending.verdict is not None and not ending.for_good:
             console.say(f"verdict: {ending.verdict} ({ending.why})")
         if ending.verdict == "requeue" and _by_hand(run, attempt) is not None:
             console.say(f"nothing starts it again by itself. {_how_to_go_on(run, attempt)}")
         console.say(f"logs: launcher logs {run.path}, files in {run.path / 'logs' / f'attempt-{attempt}'}")
+
+
+def tell_restart(run: RunDirectory, attempt: int, ending: Ending, console: Console) -> None:
+    """Say how the attempt failed and, in one line, that this process starts the next one."""
+    _tell_failure(ending, console)
+    when = f"in {ending.pause_s:g} s" if ending.pause_s else "now"
+    at = max((checkpoint.step for checkpoint in valid_checkpoints(run)), default=0)
+    console.say(
+        f"{ending.why} (cluster.restart.{ending.failure_class}): attempt {attempt + 1} begins {when}, at step {at}"
+    )
+
+
+def _tell_failure(ending: Ending, console: Console) -> None:
+    step = f" at step {ending.step}" if ending.step is not None else ""
+    if ending.traceback and not (ending.rank == 0 and console.streams_log):
+        console.say(ending.traceback.rstrip())
+    who = "" if ending.rank is None else f" by rank {ending.rank}" + (f" on {ending.node}" if ending.node else "")
+    console.say(f"failed{step}{who} ({ending.failure_class}): {ending.message}")
+    if advice := cure(ending.message, ending.traceback):
+        console.say(f"what to do: {advice}")
 
 
 def _by_hand(run: RunDirectory, number: int) -> Attempt | None:

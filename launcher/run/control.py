@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from launcher.run.directory import RunDirectory
@@ -32,6 +32,8 @@ class Outcome:
     kind: `stopped` is a durable checkpoint before the last step
     failure_class: what decides whether a restart can help; None unless it failed
     step: optimizer steps finished
+    rolls_back: the failure is mended by going on from the last checkpoint; what is left out then is written down
+    time: Unix seconds on the rank's host when it was written, for people only
     """
 
     kind: str
@@ -40,6 +42,8 @@ class Outcome:
     message: str = ""
     traceback: str = ""
     node: str = ""
+    rolls_back: bool = False
+    time: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -92,7 +96,7 @@ def write_outcome(run: RunDirectory, attempt: int, rank: int, outcome: Outcome) 
     """
     folder, reserve = run.control / "outcome", run.rank_reserve(rank)
     folder.mkdir(parents=True, exist_ok=True)
-    outcome = replace(outcome, traceback=outcome.traceback[-_TRACEBACK_CHARACTERS:])
+    outcome = replace(outcome, traceback=outcome.traceback[-_TRACEBACK_CHARACTERS:], time=time.time())
     text = json.dumps(asdict(outcome)) + "\n"
     insist(lambda: write_atomic(folder / f"{attempt}-{rank}.json", text), reserve)
     give_up(reserve)

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from launcher.run.files import append_line, read_lines, write_atomic
 
 LOCK_WAIT_S = 5.0
 _LOCK_PAUSE_S = 0.01
+_TRACEBACK_CHARACTERS = 4000  # its end is what tells, and the line has to fit into the reserve
 _CLASS_OF: dict[str | None, str] = {None: "finished", "stopped": "preemption", "preempted": "preemption"}
 
 
@@ -35,18 +36,22 @@ class Attempt:
 
     number: from 1; target, job_id: who started it and under which name (None: by hand)
     restart: how often its scheduler had started the job again before, 0 at first; None: not known
+    within: the launcher of the attempt before started it, without ending in between
     nodes: host names, or their count where the names are not known yet
     reason: why it was started; accepts: names of the checkpoint folders that counted then
     time, end_time: Unix seconds on the host that wrote the line, for people only
     ended: whether there is an `end` line; without one it runs or was killed
     end_step, end_class: last finished step; `finished`, `cancelled` or the class of its failure, as in `Outcome`
     end_verdict, end_why: whether it was to be started again, and why (None, empty: written by launcher 0.2 or older)
+    end_again: whether the launcher that saw the end was to make the next start itself
+    end_first: the rank that failed first, as `Failure`; None where no rank did, or launcher 0.4 or older wrote the line
     """
 
     number: int
     target: str = ""
     job_id: str | None = None
     restart: int | None = None
+    within: bool = False
     nodes: Any = None
     reason: str = ""
     accepts: tuple[str, ...] = ()
@@ -60,6 +65,27 @@ class Attempt:
     end_time: float | None = None
     end_verdict: str | None = None
     end_why: str = ""
+    end_again: bool = False
+    end_first: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What went wrong first in an attempt.
+
+    rank, node: where; None, empty: the launcher itself saw it
+    step: optimizer steps that the rank had finished; None: not known
+    failure_class: as in `Outcome`
+    time: Unix seconds on the host where it was seen, for people only
+    """
+
+    rank: int | None = None
+    node: str = ""
+    step: int | None = None
+    failure_class: str = "unknown"
+    message: str = ""
+    traceback: str = ""
+    time: float | None = None
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -72,9 +98,18 @@ class CheckpointRef:
 
 
 def start_attempt(
-    run: RunDirectory, *, target: str, job_id: str | None, nodes: Any, reason: str, restart: int | None = None
+    run: RunDirectory,
+    *,
+    target: str,
+    job_id: str | None,
+    nodes: Any,
+    reason: str,
+    restart: int | None = None,
+    within: bool = False,
 ) -> int:
     """Begin the next attempt, durably; the caller holds the lease. The verdict of the attempt before is cleared.
+
+    within: the launcher that saw the end of the attempt before starts this one
 
     Returns:
         Its number, from 1.
@@ -85,7 +120,7 @@ def start_attempt(
         number = 1 + max([latest_attempt(run), *(attempt for _, attempt, _ in _folders(run))])
         line = {
             "kind": "start", "attempt": number, "target": target, "job_id": job_id, "restart": restart,
-            "nodes": nodes, "reason": reason, "accepts": accepts, "time": time.time(),
+            "within": within, "nodes": nodes, "reason": reason, "accepts": accepts, "time": time.time(),
             "host": socket.gethostname(), "pid": os.getpid(), "launcher_version": __version__,
         }  # fmt: skip
         append_line(run.ledger_file, line)
@@ -101,6 +136,8 @@ def end_attempt(
     outcome_class: str | None,
     verdict: str | None = None,
     why: str = "",
+    again: bool = False,
+    first: Failure | None = None,
 ) -> None:
     """Write down how an attempt ended; a late line of an older attempt is about that attempt alone.
 
@@ -108,13 +145,18 @@ def end_attempt(
         outcome_class: the class of its failure, None when it reached its last step; the words of outcomes and states
             serve too: `finished`, and `stopped` or `preempted` for `preemption`
         verdict, why: whether the run is to be started again, as `launcher.jobs.restart` decided
+        again: whether the caller starts it again itself
+        first: what went wrong first; of its traceback the end is kept
     """
     with ledger_lock(run):
         outcome_class = _CLASS_OF.get(outcome_class, outcome_class)
         line = {
             "kind": "end", "attempt": attempt, "step": step, "class": outcome_class, "verdict": verdict, "why": why,
-            "time": time.time(),
+            "again": again, "time": time.time(),
         }  # fmt: skip
+        if first is not None:
+            values = asdict(replace(first, traceback=first.traceback[-_TRACEBACK_CHARACTERS:]))
+            line["first"] = {"class" if key == "failure_class" else key: value for key, value in values.items()}
         append_line(run.ledger_file, line)
 
 
@@ -214,11 +256,19 @@ def _attempt(start: dict[str, Any], end: dict[str, Any] | None) -> Attempt:
     end_fields: dict[str, Any] = {}
     if end is not None:
         end_fields = {f"end_{key}": end.get(key) for key in ("step", "class", "time", "verdict")}
-        end_fields["end_why"] = end.get("why") or ""
+        end_fields |= {"end_why": end.get("why") or "", "end_again": end.get("again") is True}
+        end_fields["end_first"] = _failure(end.get("first"))
     return Attempt(
         number=start["attempt"], target=start.get("target", ""), job_id=start.get("job_id"),
-        restart=start.get("restart"), nodes=start.get("nodes"),
+        restart=start.get("restart"), within=start.get("within") is True, nodes=start.get("nodes"),
         reason=start.get("reason", ""), accepts=tuple(start.get("accepts", ())), time=start.get("time"),
         host=start.get("host", ""), pid=start.get("pid"), launcher_version=start.get("launcher_version", ""),
         ended=end is not None, **end_fields,
     )  # fmt: skip
+
+
+def _failure(values: Any) -> Failure | None:
+    if not isinstance(values, dict):
+        return None
+    values = {**values, "failure_class": values.get("class") or "unknown"}
+    return Failure(**{f.name: values[f.name] for f in fields(Failure) if f.name in values})

@@ -21,7 +21,7 @@ class State:
     """Where a run stands.
 
     status: running, preempted, finished, failed or cancelled; `queued` before the first attempt, `starting` before its
-        first word
+        first word, `restarting` between two attempts of one launcher
     attempt: of which attempt this is, 0 if there is none
     step: optimizer steps finished, None if not known
     time: Unix seconds on the host that wrote it, for people only
@@ -82,6 +82,6 @@ def _from_ledger(latest: Attempt | None) -> State:
     if not latest.ended:
         return State(status="starting", attempt=latest.number, time=latest.time)
     status = {"finished": "finished", "preemption": "preempted", "cancelled": "cancelled"}.get(
-        latest.end_class or "", "failed"
+        latest.end_class or "", "restarting" if latest.end_again else "failed"
     )
     return State(status=status, attempt=latest.number, step=latest.end_step, time=latest.end_time)

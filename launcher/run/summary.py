@@ -66,7 +66,7 @@ def _status(state: State, alive: bool | None) -> str:
     """The state's word, unless it speaks of a life that is over, or that cannot be seen from this host."""
     if state.status == "queued" and alive:
         return "starting"
-    if state.status in ("running", "starting"):
+    if state.status in ("running", "starting", "restarting"):
         return {True: state.status, False: "interrupted", None: "unknown"}[alive]
     return state.status
 

@@ -54,9 +54,10 @@ def failed(kind: str, **more) -> Ending:
         (Ending(status="preempted", failure_class="preemption", step=4), "requeue", "with a checkpoint of step 4"),
         (Ending(status="preempted", failure_class="preemption"), "requeue", "before its first step"),
         (failed("user"), "stop", "user: another start would end the same way"),
-        (failed("data"), "stop", "data: another start"),
+        (failed("data"), "stop", "data: cluster.restart.data allows 0 restarts"),
         (failed("non_finite"), "stop", "non_finite: another start"),
-        (failed("out_of_memory"), "stop", "out_of_memory: another start"),
+        (failed("non_finite", rolls_back=True), "requeue", "non_finite: restart 1 of 3"),
+        (failed("out_of_memory"), "stop", "out_of_memory: cluster.restart.out_of_memory allows 0 restarts"),
         (failed("node"), "requeue", "node: restart 1 of 2"),
         (failed("communication"), "requeue", "communication: restart 1 of 2"),
         (failed("hang"), "requeue", "hang: restart 1 of 1"),
@@ -133,12 +134,102 @@ def test_another_job_begins_a_new_count(run, again):
     assert concluded(run, begun(run, **again), failed("unknown")).verdict == "requeue"
 
 
-def test_a_start_by_hand_is_not_counted_so_an_unknown_end_is_not_advised_to_be_repeated(run):
-    attempt = begun(run, job="4711", restart=None, target=restart.BY_HAND)
-    assert concluded(run, attempt, failed("unknown")).verdict == "stop"
-    again = concluded(run, attempt, failed("communication"))
-    assert again.verdict == "requeue"
-    assert again.why == "communication: another start may pass; started by hand, so a person makes it"
+def by_hand(run: RunDirectory, *, within: bool) -> int:
+    return start_attempt(run, target=restart.BY_HAND, job_id="4711", nodes=["a"], reason="run", within=within)
+
+
+def test_a_start_by_hand_is_counted_with_the_restarts_within_it_and_a_second_one_by_a_person_counts_afresh(run):
+    first, second = (conclude(run, by_hand(run, within=i > 0), failed("unknown"), within=True) for i in range(2))
+    assert (first.verdict, first.again, first.why) == ("requeue", True, "unknown: restart 1 of 1")
+    assert (second.verdict, second.again, "used up by attempts 1" in second.why) == ("stop", False, True)
+    assert conclude(run, by_hand(run, within=False), failed("unknown"), within=True).again  # the same pid, by chance
+
+
+def test_restarts_of_the_scheduler_and_of_the_launcher_use_up_one_budget(run):
+    for number, within in ((0, False), (0, True), (1, False), (1, True)):
+        attempt = start_attempt(run, target="slurm", job_id="7", nodes=["a"], reason="r", restart=number, within=within)
+        checkpoint(run, attempt, attempt)
+        ending = conclude(run, attempt, failed("communication"), within=True)
+        if attempt < 3:
+            assert (ending.again, ending.why) == (True, f"communication: restart {attempt} of 2")
+    assert "allows 2 restarts, used up by attempts 1 (communication), 2 (communication), 3" in ending.why
+
+
+@pytest.mark.parametrize(
+    ("ending", "enough", "again"),
+    [
+        (failed("communication"), False, True),
+        (failed("hang"), False, True),
+        (failed("unknown"), False, True),
+        (failed("non_finite", rolls_back=True), False, True),
+        (failed("non_finite"), False, False),
+        (failed("node"), False, False),
+        (failed("node"), True, True),
+        (failed("user"), True, False),
+        (failed("data"), True, False),
+        (failed("out_of_memory"), True, False),
+        (failed("unknown", for_good=True), True, False),
+        (Ending(status="preempted", failure_class="preemption", step=3), True, False),
+        (Ending(status="finished", step=9), True, False),
+    ],
+)
+def test_l10_the_launcher_makes_the_next_start_itself_where_no_scheduler_has_to(run, ending, enough, again):
+    attempt = begun(run)
+    assert not concluded(run, attempt, ending, enough=enough).again
+    assert concluded(run, attempt, ending, within=True, enough=enough).again is again
+
+
+def test_a_stop_that_was_asked_for_leaves_the_next_start_to_the_scheduler(run):
+    attempt = begun(run)
+    request_stop(run, "time limit")
+    ending = conclude(run, attempt, failed("communication"), within=True)
+    assert (ending.again, ending.verdict, read_verdict(run), stop_requested(run)) == (
+        False,
+        "requeue",
+        "requeue",
+        False,
+    )
+
+
+def test_while_the_launcher_goes_on_there_is_no_verdict_and_a_stop_request_stays(run):
+    ending = conclude(run, begun(run), failed("communication"), within=True)
+    request_stop(run, "time limit")
+    assert (ending.again, read_verdict(run), read_state(run).status) == (True, None, "restarting")
+    attempt = start_attempt(run, target="slurm", job_id="7", nodes=["a"], reason="r", restart=0, within=True)
+    forget_stop(run, attempt)
+    assert (refusal(run, attempt), stop_requested(run)) == (None, True)
+
+
+def test_a_cancel_between_two_starts_ends_the_job(run):
+    ending = conclude(run, begun(run), failed("communication"), within=True)
+    request_stop(run, "cancelled by ann")
+    ending = restart.asked_to_stop(run, ending, "cancelled by ann")
+    assert (ending.status, ending.verdict, ending.again) == ("cancelled", "stop", False)
+
+
+def test_the_pause_is_none_after_progress_and_doubles_up_to_its_limit_without():
+    limits = Restart(backoff_s=5, backoff_max_s=30)
+    assert [restart.pause_s(idle, limits) for idle in range(6)] == [0, 5, 10, 20, 30, 30]
+    assert restart.pause_s(10_000, limits) == 30
+    assert restart.pause_s(1, Restart(backoff_s=0.0)) == 0
+
+
+def test_the_pause_grows_with_the_starts_in_a_row_that_left_no_newer_checkpoint(run):
+    run.write_recipe({"cluster": {"restart": {"no_progress": 9, "backoff_s": 1, "unknown": 9}}})
+    checkpoint(run, 5, begun(run))
+    pauses = [conclude(run, 1, failed("unknown"), within=True).pause_s]
+    for _ in range(3):
+        attempt = start_attempt(run, target="slurm", job_id="7", nodes=["a"], reason="r", restart=0, within=True)
+        pauses.append(conclude(run, attempt, failed("unknown"), within=True).pause_s)
+    assert pauses == [0, 1, 2, 4]
+
+
+def test_the_first_failing_rank_is_named_in_the_end_line(run):
+    ending = failed("unknown", step=7, rank=1, node="a", rank_step=6, traceback="x" * 9000 + "the end", time=12.5)
+    first = attempts(run)[0].end_first if conclude(run, begun(run), ending) else None
+    assert first is not None
+    assert (first.rank, first.node, first.step, first.failure_class) == (1, "a", 6, "unknown")
+    assert (first.message, first.time, first.traceback[-7:], len(first.traceback)) == ("m", 12.5, "the end", 4000)
 
 
 def test_progress_is_a_newer_checkpoint_than_the_one_before(run):

@@ -59,7 +59,7 @@ def test_ranks_that_died_without_a_word_leave_state_failed(run):
     write_state(run, "running", attempt=1, step=5)
     conclude(run, 1, Ending(status="failed", failure_class="unknown", step=5, message="killed"))
     state = read_state(run)
-    assert (state.status, state.step, state.more["message"], read_verdict(run)) == ("failed", 5, "killed", "stop")
+    assert (state.status, state.step, state.more["message"], read_verdict(run)) == ("failed", 5, "killed", "requeue")
 
 
 @pytest.mark.parametrize(("total_steps", "over"), [(5, True), (8, False)])

@@ -39,7 +39,7 @@ def test_lines_of_an_attempt_have_the_documented_fields(tmp_path):
     end_attempt(run, start(run), step=5, outcome_class="preemption")
     first, last = (json.loads(line) for line in run.ledger_file.read_text().splitlines())
     assert set(first) == {
-        "kind", "attempt", "target", "job_id", "restart", "nodes", "reason", "accepts", "time", "host", "pid",
+        "kind", "attempt", "target", "job_id", "restart", "within", "nodes", "reason", "accepts", "time", "host", "pid",
         "launcher_version",
     }  # fmt: skip
     assert {key: last[key] for key in ("kind", "attempt", "step", "class")} == {
