@@ -33,11 +33,26 @@ class DdpEngine(TorchEngine):
         Raises:
             UserError: a trained parameter takes no part in the loss.
         """
+        if not self.complete and dist.get_world_size() > 2:
+            self._settle_buckets(batch)
         total = super().forward_backward(batch, loss_scale=loss_scale, sync=sync)
         if sync and not self.complete:
             self.complete = True
             self._refuse_unused()
         return total
+
+    def _settle_buckets(self, batch: Batch) -> None:
+        """Show DDP a backward pass, whose gradients are dropped, so that every step of an attempt finds equal buckets.
+
+        DDP lays its buckets anew once it has seen in which order gradients come (torch 2.13, `_rebuild_buckets`), and
+        more than two ranks sum a gradient in an order that hangs on its place in the bucket. Without this the first
+        step of a resumed run would differ in its last bits from the same step of a run that went on (L4).
+        """
+        self.complete = True
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            super().forward_backward(batch, loss_scale=1.0, sync=True)
+        self._refuse_unused()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def gradient_sync(self, sync: bool) -> contextlib.AbstractContextManager[None]:
         """Reduce in this backward, or let gradients gather on each rank."""
