@@ -45,7 +45,7 @@ def test_lines_of_an_attempt_have_the_documented_fields(tmp_path):
     assert {key: last[key] for key in ("kind", "attempt", "step", "class")} == {
         "kind": "end", "attempt": 1, "step": 5, "class": "preemption",
     }  # fmt: skip
-    assert set(last) == {"kind", "attempt", "step", "class", "verdict", "why", "time"}
+    assert set(last) == {"kind", "attempt", "step", "class", "verdict", "why", "again", "time"}
 
 
 def test_attempt_without_end_line_was_killed(tmp_path):
