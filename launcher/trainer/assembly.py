@@ -22,6 +22,7 @@ from launcher.trainer.launch_check import other_precision
 from launcher.trainer.loop import Training
 from launcher.trainer.metrics import MetricsWriter
 from launcher.trainer.proof import prove_isolation
+from launcher.trainer.rehearsal import rehearse, tell
 from launcher.trainer.reports import Figures, Reports
 from launcher.trainer.rows import Prefetch
 from launcher.trainer.saving import Saver
@@ -77,6 +78,8 @@ def assemble(
     if ranks.rank == 0:
         print(f"{'resumed at' if state else 'begins at'} step {step} of {data['total_steps']}", flush=True)
     rows = _rows(run, recipe, data, manager, ranks=ranks, device=device, backend=backend, step=step)
+    if state is None and recipe.checkpoint.rehearse:
+        _rehearse(run, manager, engine, rows)
     return Training(
         recipe=recipe, run=run, attempt=attempt, ranks=ranks, engine=engine, rows=rows,
         eval_sets={entry["name"]: Store.open(entry["store"]) for entry in (data["eval"] or {"sets": []})["sets"]},
@@ -88,6 +91,18 @@ def assemble(
         ),
         stop_asked=stop_asked, total_steps=int(data["total_steps"]), step=step,
     )  # fmt: skip
+
+
+def _rehearse(run: RunDirectory, manager: CheckpointManager, engine: Any, rows: Prefetch) -> None:
+    """Before the first step of a run, a save that cannot work fails now."""
+    given = frozen.frozen_names(engine.module)
+    try:
+        found = rehearse(run, manager, engine, given=given, lanes=rows.lanes_behind)
+    except BaseException:
+        rows.close(failed=True)
+        raise
+    if manager.rank == 0:
+        tell(run, found)
 
 
 def _fill(recipe: Recipe, checkpoints: list[Path]) -> engines.Fill:

@@ -92,6 +92,7 @@ class CheckpointManager:
         self.problems: list[str] = []  # every bad file that `load_latest` met, by name, with the reason
         self.loaded: str | None = None  # name of the checkpoint that was loaded
         self._bad: set[str] = set()
+        self.asynchronous = asynchronous
         self._buffer = HostBuffer(pinned=torch.cuda.is_available()) if asynchronous else None
         self._thread: threading.Thread | None = None
         self._finished: deque[SaveStatus] = deque()
@@ -176,6 +177,26 @@ class CheckpointManager:
             for name in retention.sweep(self.run, attempt=self.attempt):
                 log.info("removed %s: unfinished or void", name)
         return state
+
+    def reserve(self, num_bytes: int) -> None:
+        """Take the memory for the copy of an asynchronous save now.
+
+        Raises:
+            MemoryError, RuntimeError: there is none.
+        """
+        if self._buffer is not None:
+            self._buffer.take(num_bytes)
+
+    def read_back(self, name: str, engine: Engine, *, given: Container[str] = ()) -> dict[str, Any]:
+        """Verify one checkpoint and put it into the engine as `load_latest` would; the saved trainer_state.
+
+        Raises:
+            CheckpointError: it is bad; equal on all ranks.
+        """
+        reader, problems = self._open(self.run.checkpoints / name)
+        if reader is None:
+            raise CheckpointError("; ".join(problems))
+        return self._load(reader, engine, given)
 
     def load_lanes(self, wanted: Collection[int], *, of: str) -> dict[int, dict[str, NDArray[Any]]] | None:
         """These lanes of the stream in the checkpoint that was loaded, whichever ranks wrote them.

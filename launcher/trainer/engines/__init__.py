@@ -59,6 +59,9 @@ class Engine(Protocol):
     def ensure_state(self) -> None:
         """Make moments exist and every parameter be in its sharded place, so that `pieces` shows all of the state."""
 
+    def forget_state(self) -> None:
+        """Let go of the moments that `ensure_state` made before any step, so that the first one finds none."""
+
     def pieces(self) -> Iterable[Piece]:
         """Live 1-D views of this rank's values and moments; the same list serves writing and reading in place."""
 

@@ -112,6 +112,10 @@ class TorchEngine:
                     step = torch.zeros((), dtype=torch.float32, device=_local(p).device)
                     self.optimizer.state[p] = {"step": step, **{kind: torch.zeros_like(p) for kind in MOMENTS}}
 
+    def forget_state(self) -> None:
+        """See Engine."""
+        self.optimizer.state.clear()
+
     def pieces(self) -> Iterator[Piece]:
         """See Engine; call `ensure_state` first."""
         from launcher.trainer.checkpoint.format import Piece

@@ -112,6 +112,12 @@ class ZeroEngine:
                 if self.on_nvme:
                     self._staged[group] = {kind: t.clone() for kind, t in self._live(group).items()}
 
+    def forget_state(self) -> None:
+        """See Engine. On nvme the moments are files, which exist from the beginning."""
+        self._staged.clear()
+        if not self.on_nvme:
+            self.optimizer.state.clear()
+
     def pieces(self) -> Iterator[Piece]:
         """See Engine; call `ensure_state` first. Values are the fp32 masters."""
         from launcher.trainer.checkpoint.format import Piece
