@@ -1,6 +1,7 @@
-"""The store on node 0 through which the nodes of one attempt speak: who takes part, how it goes, and how each ended.
+"""The store on node 0 through which the nodes of a job speak: who takes part, how an attempt goes, how each ended.
 
-Node 0 makes it; it lives and dies with the attempt. Whoever stands still for `LOST_S` is lost to the others.
+Node 0 makes it; it lives and dies with node 0's process and serves every attempt that this one makes. Whoever stands
+still for `LOST_S` is lost to the others. A node that comes while the others train registers, and waits to be taken in.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +30,9 @@ _POLL_S = 0.05
 _LAST_WORDS_S = 25.0  # for a node whose ranks are being ended to say how
 _VERDICT_S = 20.0
 _SAY_EVERY_S = 60.0
+MORE_S = 30.0  # at the first start, for the rest of the nodes once as many have come as suffice
+_SOON_S = 5.0  # before waiting for nodes is worth a line
+TOGETHER_S = 10.0  # for other nodes to come back, too, before the run is asked for a checkpoint to take them in
 _TWIN_S = 3.0  # for another node 0 to answer
 _SLACK_S = 2.0  # behind a time limit of torch's own, which a listener that says nothing may outlast
 
@@ -47,27 +51,37 @@ class Meeting:
     """This node's end of the store, registered under its node rank.
 
     names: host names by node rank, as far as they are known
+    members: node ranks of the attempt, 0 first; all numbers until an attempt has been announced
+    attempt: its number, 0 before the first
+    over: whether node 0 has said that no further attempt follows
     """
 
     def __init__(self, store: Any, node: Node, signals: Signals) -> None:
         self._store, self.node, self._signals = store, node, signals
         self.names: dict[int, str] = {node.rank: socket.gethostname()}
-        self._register()
-        self._watch = _Watch(store.clone(), node)
+        self.members: list[int] = list(range(node.nodes))
+        self.attempt, self.over = 0, False
+        self._grown = False
+        beat = self._register()
+        self._watch = _Watch(store.clone(), node, beat, signals)
+        if node.rank == 0:
+            self._watch.expect(self.members, self.names)
 
     # joining
 
-    def _register(self) -> None:
-        """Take this node's number, which nobody else may have.
+    def _register(self) -> str:
+        """Take this node's number, which no other living process may have; the key of its heartbeat.
 
         Raises:
             UserError: somebody has it, or counts the nodes of the job otherwise; node 0 is told.
         """
         node, store = self.node, self._store
         own = json.dumps([socket.gethostname(), os.getpid(), node.nodes, time.time_ns()])
-        holder = store.compare_set(_key("node", node.rank), "", own).decode()
-        if holder != own:
-            raise self._refused(_twice(node.rank, json.loads(holder)[0]))
+        before = ""
+        while (holder := store.compare_set(_key("node", node.rank), before, own).decode()) != own:
+            if node.rank == 0 or _beats(store, node.rank, holder):
+                raise self._refused(_twice(node.rank, json.loads(holder)[0]))
+            before = holder  # whoever had the number has gone
         if node.rank > 0:
             host, _, nodes, _ = json.loads(store.get(_key("node", 0)))
             self.names[0] = host
@@ -76,6 +90,8 @@ class Meeting:
                     f"--nodes: {host} (node 0) counts {nodes}, {socket.gethostname()} (node {node.rank}) {node.nodes}: "
                     "expected the same on every node."
                 )
+            store.set(_key("arrival", store.add(_key("arrivals"), 1)), json.dumps([node.rank, own]))
+        return _beat_key(node.rank, own)
 
     def _refused(self, problem: str) -> UserError:
         self._store.set(_key("problem"), problem)
@@ -86,8 +102,14 @@ class Meeting:
         self._store.set(_key("problem"), problem)
 
     def ask_to_stop(self, reason: str) -> None:
-        """Tell node 0 that a signal came here while it is waited for."""
-        self._store.set(_key("stop"), f"{reason} on node {self.node.rank} ({socket.gethostname()})")
+        """Tell node 0 that a signal came here while it is waited for; one that the others do without just goes."""
+        if not self.outside:
+            self._store.set(_key("stop"), f"{reason} on node {self.node.rank} ({socket.gethostname()})")
+
+    @property
+    def outside(self) -> bool:
+        """Whether the attempt under way was made without this node."""
+        return self.node.rank not in self.members
 
     def disturbance(self) -> Ending | None:
         """On node 0, while nodes come and data is prepared: why the attempt is to end, if it is."""
@@ -97,29 +119,80 @@ class Meeting:
             self._signals.stop = self._store.get(_key("stop")).decode()
         return None
 
-    def announce(self, attempt: int, token: str, ending: Ending | None) -> None:
-        """On node 0: tell the others which attempt this is, or how it ended already."""
-        self._store.set(_key("attempt"), json.dumps([attempt, token, _brief(ending)]))
+    def gather(self, least: int, say: Say) -> Ending | None:
+        """On node 0, before an attempt: settle which nodes are its members; how it ends where too few come.
 
-    def announced(self) -> tuple[int, str, Ending | None]:
-        """On the others: the attempt, the run directory's token, and how it ended if no rank is to start.
+        At the first start the rest is waited for once as many have come as suffice; later ones take who is there, for a
+        node that comes back is taken in anyway.
+        """
+        first, most = self.attempt == 0, self.node.nodes
+        if not first:
+            self._store.delete_key(_key("problem"))  # of who came in mid attempt, and was answered there
+        self._grown = False
+        began = said = time.monotonic()
+        enough_since: float | None = None
+        while True:
+            if first and (ending := self.disturbance()) is not None:
+                return ending
+            if self._signals.stop is not None:
+                message = f"{self._signals.stop} while waiting for other nodes"
+                return Ending(status="preempted", failure_class="preemption", message=message)
+            here, now = self._watch.present(), time.monotonic()
+            enough_since = (enough_since or now) if len(here) >= least else None
+            if len(here) == most or (enough_since and (not first or now - enough_since >= MORE_S)):
+                break
+            if enough_since is None and now - began >= self.node.join_timeout_s:
+                limit = f"{self.node.join_timeout_s} s (cluster.join_timeout_s)"
+                message = f"{_few(len(here))} of the {least} that suffice (cluster.min_nodes) came within {limit}"
+                return Ending(status="failed", failure_class="node", message=message)
+            if now - said >= (_SAY_EVERY_S if said > began else _SOON_S):
+                said = now
+                say(f"{_few(len(here))} of {most} there, {least} suffice: waiting since {now - began:.0f} s")
+            time.sleep(_POLL_S)
+        self.members = sorted(here)
+        self.names |= here
+        self._watch.expect(self.members, self.names)
+        return None
+
+    def announce(self, attempt: int, token: str, ending: Ending | None) -> None:
+        """On node 0: tell the others which attempt this is and whose, or how it ended already."""
+        self.attempt = attempt
+        self._store.set(_key("attempt"), json.dumps([attempt, token, self.members, _brief(ending)]))
+
+    def announced(self, say: Say = lambda text: None) -> tuple[int, str, Ending | None]:
+        """On the others: the next attempt, the run directory's token, and how it ended if no rank is to start.
+
+        A node that an attempt was made without waits for the next one as long as node 0 lives, and hears here, too, how
+        the last one ended (`over`).
 
         Raises:
             Away: node 0 went, or took too long; Stopped: a signal came.
         """
-        for _ in self._until(f"node 0 ({self.names[0]})"):
-            if self._store.check([_key("attempt")]):
+        told = 0
+        for _ in self._until(f"node 0 ({self.names[0]})", patient=lambda: self.outside):
+            if self._store.check([_key("over")]):
+                self.over = True
+                return self.attempt, "", _full(json.loads(self._store.get(_key("over"))))
+            if not self._store.check([_key("attempt")]):
+                continue
+            attempt, token, members, ending = json.loads(self._store.get(_key("attempt")))
+            if attempt <= max(self.attempt, told):
+                continue
+            self.members, told = members, attempt
+            if not self.outside:
                 break
-        attempt, token, ending = json.loads(self._store.get(_key("attempt")))
+            say(f"attempt {attempt} goes on without this node, which is taken in at its next checkpoint")
+        self.attempt = attempt
+        self._watch.expect([0], self.names)
         return attempt, token, _full(ending)
 
     def come(self, problem: str = "") -> None:
         """On the others: say that this node saw the announcement, or why it cannot take part."""
-        self._store.set(_key("seen", self.node.rank), problem)
+        self._store.set(self._of("seen", self.node.rank), problem)
 
     def settle(self, ending: Ending | None) -> None:
         """On node 0, when all have come or will not: let the others start their ranks, or say how the attempt ended."""
-        self._store.set(_key("settled"), json.dumps(_brief(ending)))
+        self._store.set(self._of("settled"), json.dumps(_brief(ending)))
 
     def settled(self) -> Ending | None:
         """On the others: wait until all have come; how the attempt ended where they have not.
@@ -128,43 +201,43 @@ class Meeting:
             Away, Stopped: as `announced`.
         """
         for _ in self._until(f"node 0 ({self.names[0]}) and the other nodes"):
-            if self._store.check([_key("settled")]):
+            if self._store.check([self._of("settled")]):
                 break
-        return _full(json.loads(self._store.get(_key("settled"))))
+        return _full(json.loads(self._store.get(self._of("settled"))))
 
     def await_all(self, say: Say) -> Ending | None:
-        """On node 0: wait until every node has seen the announcement; how the attempt ends where one does not."""
+        """On node 0: wait until every member has seen the announcement; how the attempt ends where one does not."""
         try:
-            for rank in range(1, self.node.nodes):
+            for rank in self.members[1:]:
                 for _ in self._until(f"node {rank}", say=say):
                     if (ending := self.disturbance()) is not None:
                         return ending
-                    if self._store.check([_key("seen", rank)]):
+                    if self._store.check([self._of("seen", rank)]):
                         break
                 self.names[rank] = json.loads(self._store.get(_key("node", rank)))[0]
-                if problem := self._store.get(_key("seen", rank)).decode():
+                if problem := self._store.get(self._of("seen", rank)).decode():
                     return Ending(status="failed", failure_class="user", message=problem)
         except Stopped as stopped:
             return Ending(status="preempted", failure_class="preemption", message=str(stopped))
         except Away as away:
             return Ending(status="failed", failure_class="node", message=str(away))
-        self._watch.expect(self.names)
+        self._watch.expect(self.members, self.names)
         return None
 
     def exchange(self, name: str, payload: Any) -> list[Any] | None:
-        """Give this node's JSON values under a name; on node 0 those of all nodes by node rank, elsewhere None.
+        """Give this node's JSON values under a name; on node 0 those of all members in their order, else None.
 
         Raises:
             Away: a node did not answer within cluster.join_timeout_s; Stopped: a signal came.
         """
-        self._store.set(_key(name, self.node.rank), json.dumps(payload))
+        self._store.set(self._of(name, self.node.rank), json.dumps(payload))
         if self.node.rank > 0:
             return None
-        for rank in range(self.node.nodes):
+        for rank in self.members:
             for _ in self._until(f"node {rank} ({self.names.get(rank, '?')})"):
-                if self._store.check([_key(name, rank)]):
+                if self._store.check([self._of(name, rank)]):
                     break
-        return [json.loads(self._store.get(_key(name, rank))) for rank in range(self.node.nodes)]
+        return [json.loads(self._store.get(self._of(name, rank))) for rank in self.members]
 
     def broadcast(self, name: str, payload: Any = None) -> Any:
         """Node 0's JSON values under a name, on every node; `payload` counts on node 0 alone.
@@ -173,12 +246,12 @@ class Meeting:
             Away, Stopped: as `exchange`.
         """
         if self.node.rank == 0:
-            self._store.set(_key(name, "all"), json.dumps(payload))
+            self._store.set(self._of(name, "all"), json.dumps(payload))
             return payload
         for _ in self._until(f"node 0 ({self.names[0]})"):
-            if self._store.check([_key(name, "all")]):
+            if self._store.check([self._of(name, "all")]):
                 break
-        return json.loads(self._store.get(_key(name, "all")))
+        return json.loads(self._store.get(self._of(name, "all")))
 
     # training
 
@@ -187,12 +260,24 @@ class Meeting:
         return self._watch.lost()
 
     def tell(self, word: str) -> None:
-        """What node 0 is to read of this node, or on node 0 all the others, with the next beats; it waits for nobody."""
+        """What node 0 is to read of this node, and the others of node 0, with the next beat; waits for nobody."""
         self._watch.word = word
 
     def told(self) -> dict[int, str]:
         """By node rank what was told last: on node 0 by each of the others, elsewhere by node 0."""
         return dict(self._watch.words)
+
+    def growth(self) -> str | None:
+        """On node 0, once an attempt: which nodes wait to be taken in; None if none does, or others may come yet."""
+        if self._grown or not (more := self._watch.waiting(self.members)):
+            return None
+        self._grown = True
+        self.names |= more
+        return ", ".join(f"node {rank} ({name})" for rank, name in sorted(more.items()))
+
+    def enough(self, least: int) -> bool:
+        """On node 0, when an attempt has ended: whether the nodes that are there suffice for another."""
+        return len(self._watch.present()) >= least
 
     # ending
 
@@ -201,7 +286,9 @@ class Meeting:
         if not self._node_0_answers():
             return
         try:
-            self._store.set(_key("word", self.node.rank), json.dumps({str(rank): how for rank, how in died.items()}))
+            self._store.set(
+                self._of("word", self.node.rank), json.dumps({str(rank): how for rank, how in died.items()})
+            )
         except RuntimeError:
             return
 
@@ -210,26 +297,34 @@ class Meeting:
         died: dict[int, str] = {}
         silent = []
         deadline = time.monotonic() + _LAST_WORDS_S
-        for rank in range(1, self.node.nodes):
-            while not self._store.check([_key("word", rank)]):
-                if time.monotonic() >= deadline or self._watch.stands_still(rank, GONE_S):
+        for rank in self.members[1:]:
+            while not self._store.check([self._of("word", rank)]):
+                if time.monotonic() >= deadline or self._watch.has_gone(rank):
                     silent.append(f"node {rank} ({self.names.get(rank, '?')})")
                     break
                 time.sleep(_POLL_S)
             else:
-                words = json.loads(self._store.get(_key("word", rank)))
+                words = json.loads(self._store.get(self._of("word", rank)))
                 died |= {int(rank): how for rank, how in words.items()}
         return died, silent
 
     def conclude(self, ending: Ending, *, wait_s: float = 0.0) -> None:
-        """On node 0: tell the others how the attempt counts, and give those that live time to read it.
+        """On node 0: tell the others how the attempt counts; where it is the last, give those that live time to read it.
 
         wait_s: for nodes that have not come yet
         """
-        self._store.set(_key("end"), json.dumps(_brief(ending)))
+        self._store.set(self._of("end"), json.dumps(_brief(ending)))
+        if ending.again:
+            return
+        self.finish(ending, wait_s=wait_s)
+
+    def finish(self, ending: Ending, *, wait_s: float = 0.0) -> None:
+        """On node 0: say how the job ended here, to those that train and to those that wait."""
+        self._store.set(_key("over"), json.dumps(_brief(ending)))
         began = time.monotonic()
-        for rank in range(1, self.node.nodes):
-            while not self._store.check([_key("bye", rank)]) and not self._watch.stands_still(rank, GONE_S):
+        others = range(1, self.node.nodes) if wait_s else sorted({*self.members, *self._watch.present()} - {0})
+        for rank in others:
+            while not self._store.check([_key("bye", rank)]) and not self._watch.has_gone(rank):
                 patience = GONE_S if self._store.check([_key("node", rank)]) else wait_s
                 if time.monotonic() - began >= patience:
                     break
@@ -241,16 +336,25 @@ class Meeting:
         deadline = time.monotonic() + _VERDICT_S + _LAST_WORDS_S
         try:
             while self._node_0_answers() and time.monotonic() < deadline:
-                if self._store.check([_key("end")]):
-                    ending = _full(json.loads(self._store.get(_key("end"))))
-                    self._store.set(_key("bye", self.node.rank), "")
+                if self._store.check([self._of("end")]):
+                    ending = _full(json.loads(self._store.get(self._of("end"))))
+                    if ending is None or not ending.again:
+                        self.goodbye()
                     return ending
                 time.sleep(_POLL_S)
         except RuntimeError:
             pass
+        self._watch.stop()
+        return None
+
+    def goodbye(self) -> None:
+        """On the others: node 0 need not wait for this node any more."""
+        try:
+            self._store.set(_key("bye", self.node.rank), "")
+        except RuntimeError:  # it has gone
+            return
         finally:
             self._watch.stop()
-        return None
 
     def leave(self) -> None:
         """End without a word to anybody."""
@@ -260,8 +364,16 @@ class Meeting:
         """Whether a question to its store can be asked; behind a link that was cut it would wait for minutes."""
         return not self._watch.broken and not self._watch.stands_still(0, GONE_S)
 
-    def _until(self, whom: str, say: Say = lambda text: None) -> Iterator[None]:
+    def _of(self, *parts: object) -> str:
+        """A key of the attempt under way."""
+        return _key(f"attempt-{self.attempt}", *parts)
+
+    def _until(
+        self, whom: str, say: Say = lambda text: None, *, patient: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
         """Yields until the caller has what it waits for, which is polled.
+
+        patient: whether the time limit does not count now
 
         Raises:
             Away: it took longer than cluster.join_timeout_s, or the connection to node 0 broke; Stopped: a signal came.
@@ -277,7 +389,7 @@ class Meeting:
             if (lost := self._watch.lost()) is not None:
                 raise Away(lost)
             now = time.monotonic()
-            if now - began >= self.node.join_timeout_s:
+            if now - began >= self.node.join_timeout_s and not patient():
                 raise Away(f"{whom} did not come within {self.node.join_timeout_s} s (cluster.join_timeout_s)")
             if now - said >= _SAY_EVERY_S:
                 said = now
@@ -414,6 +526,27 @@ def _quiet_torch() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
+def _beats(store: Any, rank: int, registration: str) -> bool:
+    """Whether the process that registered so lives: whether its counter moves within the time of several beats."""
+    key, deadline = _beat_key(rank, registration), time.monotonic() + GONE_S
+    count = store.add(key, 0)
+    while time.monotonic() < deadline:
+        if store.add(key, 0) != count:
+            return True
+        time.sleep(_POLL_S)
+    return False
+
+
+def _beat_key(rank: int, registration: str) -> str:
+    """Of one process: another one that has its number later counts on its own."""
+    _, pid, _, began = json.loads(registration)
+    return _key("beat", rank, pid, began)
+
+
+def _few(count: int) -> str:
+    return f"{count} node{'s' * (count != 1)}"
+
+
 def _twice(rank: int, holder: str) -> str:
     me = socket.gethostname()
     where = f"twice on {me}" if holder == me else f"on {holder} and on {me}"
@@ -432,20 +565,34 @@ def _key(*parts: object) -> str:
     return "/".join(["launcher", *map(str, parts)])
 
 
+@dataclass(slots=True)
+class _Seen:
+    """A process on another node. moved: when its counter last did, by this node's own clock."""
+
+    name: str
+    key: str
+    came: float
+    moved: float
+    count: int = 0
+
+
 class _Watch:
     """A thread that shows that this node lives and sees who else does.
 
     Node 0 reads the others' counters, the others node 0's. Only this node's own clock is used.
     """
 
-    def __init__(self, store: Any, node: Node) -> None:
-        self._store, self._node = store, node
-        self.word, self.words = "", dict[int, str]()
+    def __init__(self, store: Any, node: Node, beat: str, signals: Signals) -> None:
+        self._store, self._node, self._beat, self._signals = store, node, beat, signals
         self._names: dict[int, str] = {0: "?"} if node.rank else {}
-        self._moved: dict[int, float] = {rank: time.monotonic() for rank in self._names}
-        self._counts: dict[int, int] = {}
+        self._members: list[int] = [0] if node.rank else []
+        self._seen: dict[int, _Seen] = {}
+        self._replaced: set[int] = set()  # members whose number another process has taken since the attempt began
+        self._read = 0  # arrivals
         self._broken_at: float | None = None
         self._ended = threading.Event()
+        if node.rank > 0:
+            self._enter(0, store.get(_key("node", 0)).decode())
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -454,44 +601,76 @@ class _Watch:
         """Whether the connection to node 0 ended."""
         return self._broken_at is not None
 
-    def expect(self, names: Mapping[int, str]) -> None:
-        """From now on these nodes are watched too."""
-        now = time.monotonic()
-        self._moved |= {rank: now for rank in names if rank != self._node.rank and rank not in self._moved}
-        self._names = dict(names)
+    def expect(self, members: Collection[int], names: Mapping[int, str]) -> None:
+        """From now on the loss of these nodes counts."""
+        self._members, self._names = [rank for rank in members if rank != self._node.rank], dict(names)
+        self._replaced.clear()
+
+    def present(self) -> dict[int, str]:
+        """On node 0: the nodes that live, this one among them, and their names."""
+        others = {rank: seen.name for rank, seen in list(self._seen.items()) if not self.stands_still(rank, GONE_S)}
+        return {self._node.rank: socket.gethostname(), **others}
+
+    def waiting(self, members: Collection[int]) -> dict[int, str]:
+        """On node 0: nodes that live and are no members; none while others may be about to come, too."""
+        more = {rank: name for rank, name in self.present().items() if rank not in members}
+        more |= {rank: self._seen[rank].name for rank in self._replaced & set(members)}
+        complete = len(members) + len(more) == self._node.nodes
+        newest = max((self._seen[rank].came for rank in more), default=0.0)
+        return more if complete or time.monotonic() - newest >= TOGETHER_S else {}
 
     def lost(self) -> str | None:
         if self._broken_at is not None and time.monotonic() - self._broken_at >= GONE_S:
             return f"node 0 has gone: the connection to {self._node.rendezvous} ended"
-        for rank in list(self._moved):
+        for rank in self._members:
+            name = self._names.get(rank, "?")
+            where = f" ({name})" if name != "?" else ""
+            if rank in self._replaced:
+                return f"node {rank}{where} is lost: it was started again"
             if self.stands_still(rank, LOST_S):
-                name = self._names.get(rank, "?")
-                where = f" ({name})" if name != "?" else ""
                 return f"node {rank}{where} is lost: nothing was heard of it for {LOST_S:.0f} s"
         return None
 
+    def has_gone(self, rank: int) -> bool:
+        """Whether a member stands still, or is another process by now."""
+        return rank in self._replaced or self.stands_still(rank, GONE_S)
+
     def stands_still(self, rank: int, seconds: float) -> bool:
-        return rank in self._moved and time.monotonic() - self._moved[rank] >= seconds
+        return rank in self._seen and time.monotonic() - self._seen[rank].moved >= seconds
 
     def stop(self) -> None:
         self._ended.set()
 
     def _run(self) -> None:
-        own, said = _key("beat", self._node.rank), ""
         try:
             while True:
-                self._store.add(own, 1)
-                if (word := self.word) != said:
-                    self._store.set(_key("told", self._node.rank), word)
-                    said = word
-                for rank in list(self._moved):
-                    count = self._store.add(_key("beat", rank), 0)
-                    if count != self._counts.get(rank):
-                        self._counts[rank] = count
-                        self._moved[rank] = time.monotonic()
-                    if self._store.check([_key("told", rank)]):
-                        self.words[rank] = self._store.get(_key("told", rank)).decode()
+                self._store.add(self._beat, 1)
+                if self._node.rank == 0:
+                    self._read_arrivals()
+                    self._hear_stop()
+                for seen in list(self._seen.values()):
+                    count = self._store.add(seen.key, 0)
+                    if count != seen.count:
+                        seen.count, seen.moved = count, time.monotonic()
                 if self._ended.wait(BEAT_S):
                     return
         except Exception:  # the connection ended, as when node 0 has gone
             self._broken_at = time.monotonic()
+
+    def _read_arrivals(self) -> None:
+        """Nodes that have registered since the last look, in their order."""
+        while self._store.check([_key("arrival", self._read + 1)]):
+            self._read += 1
+            rank, registration = json.loads(self._store.get(_key("arrival", self._read)))
+            if rank in self._seen and rank in self._members:
+                self._replaced.add(rank)
+            self._enter(rank, registration)
+
+    def _enter(self, rank: int, registration: str) -> None:
+        now = time.monotonic()
+        self._seen[rank] = _Seen(json.loads(registration)[0], _beat_key(rank, registration), came=now, moved=now)
+
+    def _hear_stop(self) -> None:
+        """Another node's signal, also where the attempts pause."""
+        if self._signals.stop is None and self._store.check([_key("stop")]):
+            self._signals.stop = self._store.get(_key("stop")).decode()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from launcher.data.batches import eval_batches
 from launcher.data.store import Store
+from launcher.trainer.beat import beat
 from launcher.trainer.engines import Engine
 from launcher.trainer.objectives import to_batch
 
@@ -33,6 +34,7 @@ def evaluate(
     totals = torch.zeros(len(sets), dtype=torch.float64, device=engine.device)
     for number, store in enumerate(sets.values()):
         for micro in eval_batches(store, micro_batch_size=micro_batch_size, world_size=world_size, rank=rank):
+            beat("eval")
             totals[number] += engine.evaluate(to_batch(micro, backend=backend).to(engine.device))
     dist.all_reduce(totals)
     sums = totals.tolist()

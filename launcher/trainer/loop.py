@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -11,12 +12,17 @@ import torch
 from torch import Tensor
 
 from launcher.data.store import Store
+from launcher.run.left_out import LeftOut, leave_out
+from launcher.trainer.beat import PaceKeeper, beat
 from launcher.trainer.engines import Engine
 from launcher.trainer.evaluation import evaluate
+from launcher.trainer.failures import RollBack
 from launcher.trainer.metrics import plot_loss
 from launcher.trainer.optim import learning_rate
+from launcher.trainer.own_time import own_time
 from launcher.trainer.randomness import rekey
-from launcher.trainer.reports import Pending, Reports
+from launcher.trainer.replicas import Replicas
+from launcher.trainer.reports import Pending, Reports, Signals
 from launcher.trainer.rows import Prefetch, StepRows
 from launcher.trainer.saving import Saver
 from launcher.trainer.trouble import Trouble
@@ -34,7 +40,9 @@ class Training:
     """Everything a rank needs to train.
 
     eval_sets: stores of the evaluation sets by name; empty: none
+    left_out: the global batches that make no update, by step from 1
     step: updates finished
+    save_owed: a save was due after a step without an update, so it follows the next one with one
     stop_asked: whether this rank was asked to stop (a signal on any rank, the run's stop request on rank 0)
     """
 
@@ -48,9 +56,12 @@ class Training:
     backend: str
     reports: Reports
     saver: Saver
+    replicas: Replicas
+    left_out: Mapping[int, LeftOut]
     stop_asked: Callable[[], bool]
     total_steps: int
     step: int = 0
+    save_owed: bool = False
     state_written: float = 0.0
     state_trouble: Trouble = field(default_factory=lambda: Trouble("state.json"))
 
@@ -62,44 +73,104 @@ def train(t: Training) -> Literal["finished", "stopped"]:
     for, a save asked for by rank 0 and a loss that is not finite take effect one step late, on all ranks alike.
 
     Raises:
-        NonFiniteError, DataError, SaveError, StaleAttempt: see there.
+        NonFiniteError, SpikeError, RollBack, ReplicaError, DataError, SaveError, StaleAttempt: see there.
     """
+    try:
+        return take_steps(t)
+    except RollBack as back:
+        write_down(t, back)
+        raise
+
+
+def take_steps(t: Training) -> Literal["finished", "stopped"]:
+    """See `train`."""
     if t.step >= t.total_steps:
         write_state(t, "finished")
         return "finished"
     pending: Pending | None = None
     stop = False
+    pace = PaceKeeper(own_time(t.engine, compiled=t.recipe.model.compile))
     write_state(t, "running")
     if t.step == 0 and is_evaluation_due(t):
         run_evaluation(t)  # what is later compared with
     while t.step < t.total_steps and not stop:
+        beat("data", t.step)
         rows = t.rows.take(t.step)
-        rekey(t.recipe.train.seed, t.step, t.ranks.rank)
-        loss = accumulate(t, rows)
         lr = learning_rate(t.recipe.optimizer, t.step, t.total_steps)
-        norm = t.engine.clip_and_step(lr, t.recipe.train.max_grad_norm)
-        report = t.reports.send(
-            rows, loss=loss, nonfinite=t.engine.nonfinite, norm=norm, lr=lr, stop=t.stop_asked(), save=t.saver.wanted()
-        )
-        signals = t.reports.read(pending)
-        pending, stop = report, signals.stop
+        if (batch := t.left_out.get(t.step + 1)) is not None:
+            stop, pending = t.reports.read(pending).stop, None
+            pass_over(t, rows, lr, batch)
+            signals = Signals(stop)
+        else:
+            report = make_update(t, rows, lr)
+            signals = t.reports.read(pending)
+            pending, stop = report, signals.stop
         t.step += 1
-        evaluation_due, save_due = is_evaluation_due(t), (t.saver.due(t.step) or signals.save) and not stop
+        evaluation_due, save_due = is_evaluation_due(t), is_save_due(t, signals) and not stop
         if evaluation_due or save_due:  # both wait for the device, and no checkpoint holds a step that is not written
             stop, pending = t.reports.read(pending).stop or stop, None
         if evaluation_due:
             run_evaluation(t)
-        if save_due:
+        t.save_owed = save_due and t.reports.guards.in_a_row > 0  # what spoilt a step may be in the weights
+        if save_due and not t.save_owed:
+            t.replicas.compare(t.step)
             t.saver.save(t.step)
         if t.saver.look() or time.monotonic() - t.state_written >= STATE_EVERY_S:
             write_state(t, "running")
     t.reports.read(pending)
+    beat("save", t.step)
     t.saver.save_durably(t.step, t.engine.device)
     if t.step < t.total_steps:
+        beat("end")
         write_state(t, "preempted")
         return "stopped"
     finish(t)
+    beat("end")
     return "finished"
+
+
+def make_update(t: Training, rows: StepRows, lr: float) -> Pending:
+    """One optimizer step; its figures are on their way to the other ranks when this returns."""
+    rekey(t.recipe.train.seed, t.step, t.ranks.rank)
+    loss = accumulate(t, rows)
+    if t.replicas.due(t.step + 1):
+        t.replicas.compare(t.step)
+    max_norm, wishes = t.recipe.train.max_grad_norm, {"stop": t.stop_asked(), "save": t.saver.wanted()}
+    if t.reports.guards.drops_spikes:
+        gate = t.reports.gate(t.step + 1, loss=loss, **wishes)
+        norm, reduction = t.engine.clip_and_step(lr, max_norm, gate), gate.reduction
+    else:
+        norm = t.engine.clip_and_step(lr, max_norm)
+        reduction = t.reports.reduce(loss=loss, nonfinite=t.engine.nonfinite, **wishes)
+    return t.reports.sent(rows, reduction, nonfinite=t.engine.nonfinite, norm=norm, lr=lr)
+
+
+def pass_over(t: Training, rows: StepRows, lr: float, batch: LeftOut) -> None:
+    """A step whose global batch is left out: its rows and its place in the schedule are used up, nothing is learnt."""
+    t.reports.guards.leave()
+    if t.reports.figures is not None:
+        t.reports.figures.left_out(rows, lr, batch)
+
+
+def write_down(t: Training, back: RollBack) -> None:
+    """Rank 0 writes what is to be left out, durably; collective, and before any rank says how it ends."""
+    for step in back.steps:
+        records = t.rows.records(step - 1)
+        if t.ranks.rank == 0:
+            loss = back.loss if step == back.steps[-1] and math.isfinite(back.loss) else None
+            entry = LeftOut(
+                step=step, attempt=t.attempt, reason=back.reason, loss=loss, limit=back.limit, records=records,
+                time=time.time(),
+            )  # fmt: skip
+            leave_out(t.run, entry)
+            where = "; ".join(
+                f"{source} {', '.join(map(str, found[:8]))}{' ...' * (len(found) > 8)}"
+                for source, found in (records or {}).items()
+            )
+            print(
+                f"step {step} is left out from now on: {t.run.left_out_file.name} has its records ({where}); "
+                f"`launcher preview {t.run.path} --step {step}` shows its rows", flush=True,
+            )  # fmt: skip
 
 
 def accumulate(t: Training, rows: StepRows) -> Tensor:
@@ -112,9 +183,15 @@ def accumulate(t: Training, rows: StepRows) -> Tensor:
     """
     total = torch.zeros((), dtype=torch.float64, device=t.engine.device)
     for i, batch in enumerate(rows.micro):
+        beat("forward")
         last = i == len(rows.micro) - 1
         total += t.engine.forward_backward(batch, loss_scale=t.ranks.world_size / rows.weight, sync=last)
     return total / rows.weight
+
+
+def is_save_due(t: Training, signals: Signals) -> bool:
+    """Whether the number of steps asks for a checkpoint, or the clock on rank 0, or one is owed."""
+    return t.saver.due(t.step) or signals.save or t.save_owed
 
 
 def is_evaluation_due(t: Training) -> bool:
@@ -128,6 +205,7 @@ def run_evaluation(t: Training) -> None:
     if not t.eval_sets:
         return
     begin = time.perf_counter()
+    beat("eval", t.step)
     losses = evaluate(
         t.engine, t.eval_sets, micro_batch_size=t.recipe.train.micro_batch_size, rank=t.ranks.rank,
         world_size=t.ranks.world_size, backend=t.backend,

@@ -33,23 +33,27 @@ def run_rank(run_path: str, attempt: int) -> None:
     from launcher.run.control import Outcome
     from launcher.run.directory import RunDirectory
     from launcher.run.reserve import keep_back
+    from launcher.trainer.beat import begin as begin_beats
 
     run, rank, node = RunDirectory(Path(run_path)), int(os.environ.get("RANK", "0")), node_name()
     logged = os.environ.get("LAUNCHER_LOG") == "1"
     if logged:
         redirect_output(run.log_file(attempt, node, rank), who=f"rank {rank}")
     keep_back(run.rank_reserve(rank))
+    begin_beats(rank)
     listen_for_signals()
     progress: dict[str, Any] = {"step": 0}
     try:
         kind = _train(run, attempt, progress)
     except BaseException as error:
-        from launcher.trainer.failures import failure_class, is_known
+        from launcher.trainer.failures import failure_class, is_known, rolls_back
 
         known = is_known(error)
         text = "" if known else traceback.format_exc()
         message = str(error) if known else f"{type(error).__name__}: {error}"
-        outcome = Outcome("failed", failure_class(error), _step(progress), message, text, node)
+        outcome = Outcome(
+            "failed", failure_class(error), _step(progress), message, text, node, rolls_back=rolls_back(error)
+        )
         _tell(run, attempt, rank, outcome)
         if text or logged:  # under plain torchrun whoever catches it says it
             print(text or f"{ERROR}{message}", file=sys.stderr, flush=True)
@@ -134,6 +138,7 @@ def _train(run: RunDirectory, attempt: int, progress: dict[str, Any]) -> Literal
     from launcher.recipe.schema import from_dict
     from launcher.trainer import distributed
     from launcher.trainer.assembly import assemble
+    from launcher.trainer.beat import beat
     from launcher.trainer.loop import train
     from launcher.trainer.preflight import preflight
 
@@ -146,8 +151,10 @@ def _train(run: RunDirectory, attempt: int, progress: dict[str, Any]) -> Literal
     if ranks.rank == 0:
         print(said, flush=True)
     joined = distributed.join(device, ranks)
+    beat("start")
     if recipe.cluster.preflight and (ranks.world_size > 1 or device.type == "cuda"):
         preflight(run, attempt, ranks=ranks, device=device, node=node_name())
+    beat("start")  # whatever moves shows that this rank lives
     training = assemble(
         run, recipe, attempt=attempt, ranks=ranks, device=device, stop_asked=lambda: stop_asked(run, ranks.rank)
     )

@@ -1,0 +1,104 @@
+"""The time a rank spends in layers that wait for nobody, from which a slow rank is told without a collective.
+
+Some linear layers are measured, inside of what FSDP2 and DeepSpeed hook: weights are gathered before their forward pass
+begins. Times are for a position of the batch, so ranks with shorter rows are compared fairly.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.trainer.beat import is_watched
+
+_BLOCKS = 4  # of which a layer is measured
+
+
+def own_time(engine: Any, *, compiled: bool) -> OwnTime | None:
+    """Measures the model of an engine from now on; None where nobody reads it, or it has no layer to measure."""
+    layers = measured_layers(engine.module.blocks(), engine.module, compiled=compiled) if is_watched() else []
+    return OwnTime(layers, engine.device) if layers else None
+
+
+class OwnTime:
+    """Measures from the moment it is made.
+
+    On a GPU pairs of events on the stream are read a step later, when they have long happened: nothing is waited for.
+    """
+
+    def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
+        self._seconds, self._positions = 0.0, 0
+        self._begun = 0.0
+        self._event: torch.cuda.Event | None = None
+        self._free: list[torch.cuda.Event] = []
+        self._fresh: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] = []
+        self._before: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] = []
+        on_gpu = device.type == "cuda"
+        for layer in layers:
+            layer.register_forward_pre_hook(self._record if on_gpu else self._begin)
+            layer.register_forward_hook(self._record_end if on_gpu else self._end, prepend=True)
+
+    def step(self) -> None:
+        """A step is done, and the device has done the one before."""
+        for begin, end, positions in self._before:
+            if end.query():
+                self._seconds += begin.elapsed_time(end) / 1e3
+                self._positions += positions
+            self._free += (begin, end)
+        self._before, self._fresh = self._fresh, []
+
+    def taken(self) -> float:
+        """Seconds for a position since the last call; 0 if nothing was measured."""
+        taken = self._seconds / self._positions if self._positions else 0.0
+        self._seconds, self._positions = 0.0, 0
+        return taken
+
+    def _begin(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        self._begun = time.perf_counter()
+
+    def _end(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if layer.training:
+            self._seconds += time.perf_counter() - self._begun
+            self._positions += _positions(args)
+
+    def _record(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if layer.training:
+            self._event = self._recorded()
+
+    def _record_end(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._event is not None and layer.training:
+            self._fresh.append((self._event, self._recorded(), _positions(args)))
+            self._event = None
+
+    def _recorded(self) -> torch.cuda.Event:
+        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def measured_layers(blocks: list[nn.Module], whole: nn.Module, *, compiled: bool) -> list[nn.Module]:
+    """The layers to measure: the largest linear one of some blocks.
+
+    Where blocks are compiled, into which no hook may reach, it is the last layer of the model that lies outside of them
+    and is no head: its final norm. Layers that a batch may pass over, as experts in lists, are not taken.
+    """
+    if compiled:
+        inside = {id(module) for block in blocks for module in block.modules()}
+        outside = [m for m in whole.modules() if id(m) not in inside and not list(m.children())]
+        norms = [m for m in outside if "norm" in type(m).__name__.lower()]
+        return norms[-1:]
+    every = max(1, len(blocks) // _BLOCKS)
+    found = []
+    for block in blocks[every // 2 :: every][:_BLOCKS]:
+        passed_over = {id(m) for some in block.modules() if isinstance(some, nn.ModuleList) for m in some.modules()}
+        linear = [m for m in block.modules() if isinstance(m, nn.Linear) and id(m) not in passed_over]
+        if linear:
+            found.append(max(linear, key=lambda m: m.in_features * m.out_features))
+    return found
+
+
+def _positions(args: tuple[Any, ...]) -> int:
+    return args[0].numel() // args[0].shape[-1]
