@@ -589,6 +589,7 @@ class _Watch:
         self._seen: dict[int, _Seen] = {}
         self._replaced: set[int] = set()  # members whose number another process has taken since the attempt began
         self._read = 0  # arrivals
+        self.word, self.words = "", dict[int, str]()  # what this node tells, and what others have told last
         self._broken_at: float | None = None
         self._ended = threading.Event()
         if node.rank > 0:
@@ -642,13 +643,19 @@ class _Watch:
         self._ended.set()
 
     def _run(self) -> None:
+        said = ""
         try:
             while True:
                 self._store.add(self._beat, 1)
+                if (word := self.word) != said:
+                    self._store.set(_key("told", self._node.rank), word)
+                    said = word
                 if self._node.rank == 0:
                     self._read_arrivals()
                     self._hear_stop()
-                for seen in list(self._seen.values()):
+                for rank, seen in list(self._seen.items()):
+                    if self._store.check([_key("told", rank)]):
+                        self.words[rank] = self._store.get(_key("told", rank)).decode()
                     count = self._store.add(seen.key, 0)
                     if count != seen.count:
                         seen.count, seen.moved = count, time.monotonic()

@@ -103,9 +103,11 @@ def take_steps(t: Training) -> Literal["finished", "stopped"]:
             signals = Signals(stop)
         else:
             report = make_update(t, rows, lr)
+            beat("report")
             signals = t.reports.read(pending)
             pending, stop = report, signals.stop
         t.step += 1
+        pace.step(t.step, rows.wait_s)
         evaluation_due, save_due = is_evaluation_due(t), is_save_due(t, signals) and not stop
         if evaluation_due or save_due:  # both wait for the device, and no checkpoint holds a step that is not written
             stop, pending = t.reports.read(pending).stop or stop, None
@@ -113,6 +115,7 @@ def take_steps(t: Training) -> Literal["finished", "stopped"]:
             run_evaluation(t)
         t.save_owed = save_due and t.reports.guards.in_a_row > 0  # what spoilt a step may be in the weights
         if save_due and not t.save_owed:
+            beat("save", t.step)
             t.replicas.compare(t.step)
             t.saver.save(t.step)
         if t.saver.look() or time.monotonic() - t.state_written >= STATE_EVERY_S:
@@ -133,6 +136,7 @@ def make_update(t: Training, rows: StepRows, lr: float) -> Pending:
     """One optimizer step; its figures are on their way to the other ranks when this returns."""
     rekey(t.recipe.train.seed, t.step, t.ranks.rank)
     loss = accumulate(t, rows)
+    beat("step")
     if t.replicas.due(t.step + 1):
         t.replicas.compare(t.step)
     max_norm, wishes = t.recipe.train.max_grad_norm, {"stop": t.stop_asked(), "save": t.saver.wanted()}
