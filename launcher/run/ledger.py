@@ -10,7 +10,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -181,15 +181,20 @@ def latest_attempt(run: RunDirectory) -> int:
 
 def valid_checkpoints(run: RunDirectory) -> list[CheckpointRef]:
     """The checkpoints that count, ascending by (step, attempt)."""
+    return [ref for ref in counting(run, (path.name for *_, path in _folders(run))) if (ref.path / MARKER).exists()]
+
+
+def counting(run: RunDirectory, names: Iterable[str]) -> list[CheckpointRef]:
+    """Those of these folders' names that would count, were they here and committed, ascending by (step, attempt)."""
     if not (known := attempts(run)):
         return []
     latest = known[-1]
-    found = (
-        CheckpointRef(step, attempt, path)
-        for step, attempt, path in _folders(run)
-        if (attempt == latest.number or path.name in latest.accepts) and (path / MARKER).exists()
+    parsed = ((name, parse_checkpoint_name(name)) for name in names)
+    return sorted(
+        CheckpointRef(*key, run.checkpoints / name)
+        for name, key in parsed
+        if key and (key[1] == latest.number or name in latest.accepts)
     )
-    return sorted(found)
 
 
 @contextmanager
