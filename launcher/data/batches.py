@@ -125,10 +125,7 @@ class Batches:
         """
         if not 0 <= step < self.total_steps:
             raise IndexError(f"step {step} of a run of {self.total_steps} steps")
-        mix = self.mix
-        rows = mix.global_batch(
-            step, seed=self._seed, global_batch_size=self._global_batch_size, total_rows=self._total_rows
-        )
+        mix, rows = self.mix, self.rows(step)
         units, tokens, squares = self._units(rows)
         per_forward = self._world_size * self._micro_batch_size
         most = self._global_batch_size if self._layout == "packed" else len(tokens)
@@ -143,6 +140,19 @@ class Batches:
         of_sources = tuple(mix.tokens_of_sources(rows).tolist())
         weight, cost = float(mix.row_weight[rows].sum()), float(mix.row_cost[rows].sum())
         return StepBatch(micro, weight, sum(of_sources), of_sources, cost, rows)
+
+    def rows(self, step: int) -> NDArray[np.int64]:
+        """Numbers of the rows of a step's global batch, over all ranks."""
+        return self.mix.global_batch(
+            step, seed=self._seed, global_batch_size=self._global_batch_size, total_rows=self._total_rows
+        )
+
+    def records(self, step: int) -> dict[str, list[int]]:
+        """{source file: records of it} of all documents of a step's global batch."""
+        found: dict[str, list[int]] = {}
+        for document in (document for row in self.rows(step).tolist() for document in self.mix.documents(row)):
+            found.setdefault(document.source, []).append(document.record)
+        return {source: sorted(set(records)) for source, records in found.items()}
 
     def _units(self, rows: NDArray[np.int64]) -> tuple[Callable[[int], _Unit], NDArray[Any], NDArray[Any]]:
         """What is dealt to ranks: the i-th unit, read only when asked for; tokens and squared lengths of each."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from launcher.data.batches import Batches
 from launcher.data.mix import Mix
@@ -17,12 +18,16 @@ from launcher.data.store import Store
 from launcher.errors import UserError
 from launcher.plan import row_cost
 from launcher.run.data import require_current
+from launcher.run.left_out import LeftOut, left_out
 from launcher.trainer import engines, frozen, model, objectives
+from launcher.trainer.guards import Guards
 from launcher.trainer.launch_check import other_precision
 from launcher.trainer.loop import Training
+from launcher.trainer.main import node_name
 from launcher.trainer.metrics import MetricsWriter
 from launcher.trainer.proof import prove_isolation
 from launcher.trainer.rehearsal import rehearse, tell
+from launcher.trainer.replicas import Replicas
 from launcher.trainer.reports import Figures, Reports
 from launcher.trainer.rows import Prefetch
 from launcher.trainer.saving import Saver
@@ -77,6 +82,9 @@ def assemble(
     prove_isolation(engine, backend=backend, vocab_size=data["vocab_size"], compiled=recipe.model.compile)
     if ranks.rank == 0:
         print(f"{'resumed at' if state else 'begins at'} step {step} of {data['total_steps']}", flush=True)
+    guards = Guards.of(recipe.train)
+    if state is not None:
+        guards.load(state.get("guards", {}))
     rows = _rows(run, recipe, data, manager, ranks=ranks, device=device, backend=backend, step=step)
     if state is None and recipe.checkpoint.rehearse:
         _rehearse(run, manager, engine, rows)
@@ -84,11 +92,13 @@ def assemble(
         recipe=recipe, run=run, attempt=attempt, ranks=ranks, engine=engine, rows=rows,
         eval_sets={entry["name"]: Store.open(entry["store"]) for entry in (data["eval"] or {"sets": []})["sets"]},
         backend=backend,
-        reports=_reports(run, recipe, data, engine, attempt=attempt, ranks=ranks, step=step),
+        reports=_reports(run, recipe, data, engine, guards, attempt=attempt, ranks=ranks, step=step),
         saver=Saver(
             manager, engine, recipe.checkpoint, step=step if state else None, rank=ranks.rank,
-            lanes_behind=rows.lanes_behind,
+            lanes_behind=rows.lanes_behind, guards=guards,
         ),
+        replicas=Replicas(engine, every_steps=recipe.train.replica_check_steps, node=node_name()),
+        left_out=_left_out(run, ranks=ranks, step=step),
         stop_asked=stop_asked, total_steps=int(data["total_steps"]), step=step,
     )  # fmt: skip
 
@@ -103,6 +113,17 @@ def _rehearse(run: RunDirectory, manager: CheckpointManager, engine: Any, rows: 
         raise
     if manager.rank == 0:
         tell(run, found)
+
+
+def _left_out(run: RunDirectory, *, ranks: Ranks, step: int) -> dict[int, LeftOut]:
+    """The global batches that this attempt leaves out, as rank 0 reads them; collective."""
+    box: list[Any] = [left_out(run) if ranks.rank == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    found: dict[int, LeftOut] = {at: batch for at, batch in box[0].items() if at > step}
+    if found and ranks.rank == 0:
+        steps = ", ".join(map(str, found))
+        print(f"left out: the global batches of the steps {steps}, see {run.left_out_file.name}", flush=True)
+    return found
 
 
 def _fill(recipe: Recipe, checkpoints: list[Path]) -> engines.Fill:
@@ -187,8 +208,9 @@ def _row_cost(run: RunDirectory) -> tuple[float, float]:
 
 
 def _reports(
-    run: RunDirectory, recipe: Recipe, data: dict[str, Any], engine: Any, *, attempt: int, ranks: Ranks, step: int
-) -> Reports:
+    run: RunDirectory, recipe: Recipe, data: dict[str, Any], engine: Any, guards: Guards, *, attempt: int, ranks: Ranks,
+    step: int,
+) -> Reports:  # fmt: skip
     figures = None
     if ranks.rank == 0:
         figures = Figures(
@@ -198,4 +220,4 @@ def _reports(
             every=recipe.logging.every_steps, total_steps=int(data["total_steps"]),
             sources=[source["name"] for source in data["train"]["sources"]],
         )  # fmt: skip
-    return Reports(figures, device=engine.device, stop_on_nonfinite=recipe.train.on_nonfinite == "stop")
+    return Reports(figures, device=engine.device, guards=guards)

@@ -9,6 +9,7 @@ from launcher.errors import UserError
 
 if TYPE_CHECKING:
     from launcher.run.control import FailureClass
+    from launcher.run.left_out import Reason
 
 _NETWORK = (
     "gloo", "nccl", "connection reset", "connection closed", "connection refused", "broken pipe", "socket",
@@ -19,7 +20,26 @@ _NODE = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient of a step is not finite and `train.on_nonfinite` is `stop`."""
+    """A loss or gradient is not finite and the run is to stop, or too many global batches in a row were no use."""
+
+
+class SpikeError(RuntimeError):
+    """The loss of a step is far above those before it and `train.on_spike` is `stop`."""
+
+
+class RollBack(RuntimeError):
+    """The run is to go back to its last checkpoint and to leave global batches out.
+
+    steps: of the updates that they would have made, from 1; reason, loss, limit: see `launcher.run.left_out`
+    """
+
+    def __init__(self, text: str, steps: list[int], reason: Reason, loss: float, limit: float | None) -> None:
+        super().__init__(text)
+        self.steps, self.reason, self.loss, self.limit = steps, reason, loss, limit
+
+
+class ReplicaError(RuntimeError):
+    """Ranks that must hold the same weights hold different ones; the run goes on from its last checkpoint."""
 
 
 class DataError(RuntimeError):
@@ -35,7 +55,13 @@ def is_known(error: BaseException) -> bool:
     from launcher.run.ledger import StaleAttempt
     from launcher.trainer.checkpoint.format import CheckpointError
 
-    return isinstance(error, (UserError, NonFiniteError, DataError, SaveError, StaleAttempt, CheckpointError))
+    guards = (NonFiniteError, SpikeError, RollBack, ReplicaError)
+    return isinstance(error, (UserError, *guards, DataError, SaveError, StaleAttempt, CheckpointError))
+
+
+def rolls_back(error: BaseException) -> bool:
+    """Whether going on from the last checkpoint mends it."""
+    return isinstance(error, (RollBack, ReplicaError))
 
 
 def failure_class(error: BaseException) -> FailureClass:
@@ -48,8 +74,10 @@ def failure_class(error: BaseException) -> FailureClass:
         return "user"
     if isinstance(error, DataError) or type(error).__name__ == "CheckpointError":
         return "data"
-    if isinstance(error, NonFiniteError):
+    if isinstance(error, (NonFiniteError, SpikeError, RollBack)):
         return "non_finite"
+    if isinstance(error, ReplicaError):
+        return "unknown"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in text for word in _MEMORY):
         return "out_of_memory"
     if isinstance(error, SaveError) or type(error).__name__ == "StaleAttempt":

@@ -12,13 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launcher.run.left_out import LeftOut
 from launcher.trainer.evaluation import EvalLosses
-from launcher.trainer.failures import NonFiniteError
+from launcher.trainer.guards import Guards, Judged
 from launcher.trainer.metrics import EVAL_PREFIX, MetricsWriter, console_line, flops_per_step, memory_gib, peak_flops
 from launcher.trainer.rows import StepRows
 from launcher.trainer.trackers import Tracker
-
-MOST_SKIPPED_IN_A_ROW = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +66,24 @@ class HostCopy:
         return torch.cat([part.double() for part in self._parts]).tolist()  # type: ignore[no-any-return]
 
 
+class Reduction:
+    """The one reduction of a step, under way.
+
+    Args:
+        vector: [n] float64 on the device, summed over the ranks in place
+    """
+
+    def __init__(self, vector: Tensor) -> None:
+        self.vector, self.work = vector, dist.all_reduce(vector, async_op=True)
+
+
 @dataclass(slots=True)
 class Pending:
     """A reduction under way and what belongs to it.
 
     step: updates finished after the step it reports
-    numbers: loss, not finite, stop, save, each summed over the ranks; norm of the gradient, the same on every rank
+    numbers: loss, not finite, stop, save, each summed over the ranks; then what is the same on every rank: norm of the
+        gradient, and whether the update was dropped because something is not finite
     at: seconds of training time when the step had been sent to the device; evaluations do not count
     """
 
@@ -108,15 +119,15 @@ class Figures:
     _wait_s: float = 0.0
     _since: float = field(default_factory=time.perf_counter)
 
-    def step(self, report: Pending, loss: float, norm: float) -> None:
-        """Count a finished step; write it if it is due."""
+    def step(self, report: Pending, loss: float, norm: float, judged: Judged) -> None:
+        """Count a finished step; write it if it is due, or if there is something to say of it."""
         self._tokens += report.rows.tokens
         self._mix.update(dict(zip(self.sources, report.rows.source_tokens, strict=False)))
         peak = peak_flops(self.device)
         if peak:
             self._flops += flops_per_step(self.module, tokens=report.rows.tokens, cost=report.rows.cost)
         self._wait_s += report.rows.wait_s
-        if report.step % self.every and report.step != self.total_steps:
+        if report.step % self.every and report.step != self.total_steps and judged.reason is None:
             return
         elapsed = max(report.at - self._since, 1e-9)
         self.write({
@@ -125,11 +136,21 @@ class Figures:
             "mfu": self._flops / elapsed / (peak * self.world_size) if peak else None,
             "memory_gib": memory_gib(self.device), "data_wait_s": self._wait_s,
             **({"mix": _shares(self._mix)} if len(self.sources) > 1 else {}),
+            **({judged.reason: True, "skipped": judged.skipped} if judged.reason else {}),
         })  # fmt: skip
         print(console_line(self.last, total_steps=self.total_steps), flush=True)
         self._whole_mix.update(self._mix)
         self._mix.clear()
         self._tokens, self._flops, self._wait_s, self._since = 0, 0.0, 0.0, report.at
+
+    def left_out(self, rows: StepRows, lr: float, batch: LeftOut) -> None:
+        """Write a step that makes no update, and say why."""
+        self.write({
+            "step": batch.step, "loss": None, "lr": lr, "grad_norm": None, "tokens": rows.tokens, "tokens_per_s": 0.0,
+            "mfu": None, "memory_gib": memory_gib(self.device), "data_wait_s": rows.wait_s, "left_out": True,
+        })  # fmt: skip
+        what = "its loss was a spike" if batch.reason == "spike" else "its loss or gradient was not finite"
+        print(f"step {batch.step}/{self.total_steps}  left out: {what} in attempt {batch.attempt}", flush=True)
 
     def evaluation(self, step: int, losses: EvalLosses) -> None:
         """Write an evaluation."""
@@ -174,57 +195,92 @@ class Reports:
 
     Args:
         figures: on rank 0
-        stop_on_nonfinite: raise, one step late, when a step's update was dropped; else when MOST_SKIPPED_IN_A_ROW were
+        guards: what judges each step's figures, alike on every rank
     """
 
-    def __init__(self, figures: Figures | None, *, device: torch.device, stop_on_nonfinite: bool) -> None:
-        self.figures, self._device, self._stop = figures, device, stop_on_nonfinite
-        self.skipped = self._skipped_in_a_row = 0
+    def __init__(self, figures: Figures | None, *, device: torch.device, guards: Guards) -> None:
+        self.figures, self.guards, self._device = figures, guards, device
         self._paused_s = 0.0
 
     def pause(self, seconds: float) -> None:
         """Leave `seconds`, of an evaluation, out of the rates."""
         self._paused_s += seconds
 
-    def send(
-        self, rows: StepRows, *, loss: Tensor, nonfinite: Tensor, norm: Tensor, lr: float, stop: bool, save: bool
-    ) -> Pending:
+    def reduce(self, *, loss: Tensor, nonfinite: Tensor, stop: bool, save: bool) -> Reduction:
         """Start the reduction of a step; nobody waits for it.
 
         Args:
             loss: 0-d float64 on the device, this rank's share of the global batch's loss
-            nonfinite: 0-d float64 on the device
+            nonfinite: 0-d on the device
         """
         flags = torch.tensor([float(stop), float(save)], dtype=torch.float64).to(self._device, non_blocking=True)
-        vector = torch.cat([torch.stack([loss, nonfinite]), flags])
-        numbers = HostCopy(vector, norm.view(1), dist.all_reduce(vector, async_op=True))
+        return Reduction(torch.cat([torch.stack([loss, nonfinite.to(loss)]), flags]))
+
+    def gate(self, step: int, *, loss: Tensor, stop: bool, save: bool) -> StepGate:
+        """The same reduction for an update that must wait for it.
+
+        Args:
+            step: of the update, from 1
+        """
+        return StepGate(self, self.guards.limit(step), loss=loss, stop=stop, save=save)
+
+    def sent(
+        self, rows: StepRows, reduction: Reduction, *, nonfinite: Tensor, norm: Tensor, lr: float
+    ) -> Pending:  # fmt: skip
+        """A reduction with what belongs to it, on its way to the host.
+
+        Args:
+            nonfinite: 0-d on the device, of this rank
+        """
+        own = torch.stack([norm.to(self._device, torch.float64).view(()), nonfinite.to(self._device, torch.float64)])
+        numbers = HostCopy(reduction.vector, own, reduction.work)
         return Pending(rows.step + 1, numbers, lr, rows, time.perf_counter() - self._paused_s)
 
     def read(self, report: Pending | None) -> Signals:
         """Take the figures of a step whose successor is under way already.
 
         Raises:
-            NonFiniteError: on every rank alike.
+            NonFiniteError, SpikeError, RollBack: on every rank alike, see `Guards.judge`.
         """
         if report is None:
             return Signals()
-        loss, nonfinite, stop, save, norm = report.numbers.read()
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if nonfinite else 0
-        if nonfinite:
-            self._not_finite(report.step, loss)
+        loss, nonfinite, stop, save, norm, own_nonfinite = report.numbers.read()
+        bad = bool(own_nonfinite if self.guards.drops_spikes else nonfinite)
+        judged = self.guards.judge(report.step, loss, nonfinite=bad)
         if self.figures is not None:
-            self.figures.step(report, loss, norm)
+            if judged.reason:
+                self._say(report.step, loss, judged)
+            self.figures.step(report, loss, norm, judged)
         return Signals(stop > 0, save > 0)
 
-    def _not_finite(self, step: int, loss: float) -> None:
-        text = f"step {step}: loss {loss} or its gradient is not finite; the weights were left as they were"
-        if self._stop:
-            raise NonFiniteError(f"{text}. Set train.on_nonfinite=skip to go on, or lower optimizer.lr.")
-        self.skipped += 1
-        if self.figures is not None:
-            print(f"warning: {text} ({self.skipped} skipped so far)", flush=True)
-        if self._skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"step {step}: loss or gradient was not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row, so skipping "
-                "does not help. Lower optimizer.lr, or look at the data."
-            )
+    def _say(self, step: int, loss: float, judged: Judged) -> None:
+        if judged.reason == "spike":
+            what = f"loss {loss:.4f} is a spike (above {self.guards.limit(step):.4f})"
+            count = f"{self.guards.spikes} spikes"
+        else:
+            what, count = f"loss {loss:g} or its gradient is not finite", f"{self.guards.skipped} skipped"
+        then = "the weights were left as they were" if judged.skipped else "it was learnt from (train.on_spike = warn)"
+        print(f"warning: step {step}: {what}; {then} ({count} so far)", flush=True)
+
+
+class StepGate:
+    """Lets an update through when the loss of the global batch is no spike; given to `Engine.clip_and_step`.
+
+    The step's one reduction is started here, before the update, and the device waits for it; on a GPU the host does
+    not. So the update of the very step is dropped, on every rank alike.
+
+    Args:
+        limit: what the loss must not be above
+    """
+
+    reduction: Reduction
+
+    def __init__(self, reports: Reports, limit: float, *, loss: Tensor, stop: bool, save: bool) -> None:
+        self._reports, self._limit, self._loss, self._flags = reports, limit, loss, {"stop": stop, "save": save}
+
+    def __call__(self, bad: Tensor) -> tuple[Tensor, Tensor]:
+        """See `launcher.trainer.engines.Gate`."""
+        self.reduction = self._reports.reduce(loss=self._loss, nonfinite=bad, **self._flags)
+        self.reduction.work.wait()
+        loss, nonfinite = self.reduction.vector[0], self.reduction.vector[1]
+        return nonfinite > 0, (nonfinite > 0) | (loss > self._limit)

@@ -78,6 +78,13 @@ class Prefetch:
         """What a checkpoint keeps of a stream, see `StreamBatches.behind`; None where rows come from stores."""
         return self._batches.behind if isinstance(self._batches, StreamBatches) else None
 
+    def records(self, step: int) -> dict[str, list[int]] | None:
+        """{source file: records} of the whole global batch of a step that was taken, on every rank; collective.
+
+        None where a stream has forgotten them.
+        """
+        return self._batches.records(step)
+
     def close(self, *, failed: bool = False) -> None:
         """Drop what was built ahead.
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from launcher.trainer.checkpoint.lanes import LanesTaken
     from launcher.trainer.checkpoint.manager import CheckpointManager
     from launcher.trainer.engines import Engine
+    from launcher.trainer.guards import Guards
 
 FIRST_RETRY_S = 10.0
 LONGEST_RETRY_S = 600.0
@@ -29,13 +30,14 @@ class Saver:
         step: the step of the checkpoint that was loaded, None when the run begins
         rank: rank 0 keeps the clock: saves by time and retries are its flag in the step's reduction
         lanes_behind: where data are streamed, the lanes of this rank as they are after a number of updates
+        guards: what judges the steps, the same on every rank
     """
 
     def __init__(
         self, manager: CheckpointManager, engine: Engine, checkpoint: Checkpoint, *, step: int | None, rank: int,
-        lanes_behind: Callable[[int], LanesTaken] | None = None,
+        lanes_behind: Callable[[int], LanesTaken] | None = None, guards: Guards | None = None,
     ) -> None:  # fmt: skip
-        self._lanes_behind = lanes_behind
+        self._lanes_behind, self._guards = lanes_behind, guards
         self._manager, self._engine, self._keys, self._rank = manager, engine, checkpoint, rank
         self.saved_step = step
         self._last = time.monotonic()
@@ -109,4 +111,5 @@ class Saver:
         self._retry_s = min(2 * self._retry_s, LONGEST_RETRY_S)
 
     def _state(self, step: int) -> dict[str, Any]:
-        return {"step": step, **self._engine.trainer_state()}
+        guards = {} if self._guards is None else {"guards": self._guards.state()}
+        return {"step": step, **self._engine.trainer_state(), **guards}

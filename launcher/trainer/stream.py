@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from launcher.trainer.distributed import Ranks
 
 _LONGEST_PAUSE_S = 0.005
+_REMEMBERED = 64  # steps whose records are known, for those that are left out
 _KEPT = 4  # steps whose states are kept: the prefetcher is one ahead of the loop, a save one behind
 _NETWORK = ("aiohttp", "botocore", "httpx", "huggingface_hub", "requests", "urllib3")  # whose errors are no bad data
 
@@ -49,6 +50,7 @@ class StreamBatches:
         self._abandoned = threading.Event()
         self._next, self._last, self._told, self._epochs = first, last, 0, 1
         self._behind = {first: lanes.state()}
+        self._records: dict[int, dict[str, list[int]]] = {}
 
     def step(self, step: int) -> StepBatch:
         """This rank's part of a step, and what the whole global batch holds.
@@ -82,6 +84,18 @@ class StreamBatches:
         state = self._behind[step]
         return lambda: {number: lane.arrays() for number, lane in state.items()}
 
+    def records(self, step: int) -> dict[str, list[int]] | None:
+        """{source file: places in it} of all documents of a step's global batch; None when it is too long ago.
+
+        Collective over the ranks of training, not over the group that this class adds its rows up in.
+        """
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, self._records.get(step))
+        if None in parts:
+            return None
+        sources = sorted({source for part in parts for source in part})
+        return {source: sorted({at for part in parts for at in part.get(source, ())}) for source in sources}
+
     def abandon(self) -> None:
         """Wait for no other rank any more."""
         self._abandoned.set()
@@ -92,6 +106,11 @@ class StreamBatches:
             micro = self._lanes.lay(rows, step=step, micro_batch_size=self._micro_batch_size)
         except Exception as error:
             return _Part([], 0.0, 0.0, [0] * len(self._lanes.names)), _failure(error, step)
+        records: dict[str, list[int]] = {}
+        for document in (document for row in rows for document in row):
+            records.setdefault(self._lanes.source(document), []).append(document.at)
+        self._records[step] = records
+        self._records.pop(step - _REMEMBERED, None)
         return _Part.of(micro, rows, sources=len(self._lanes.names)), None
 
     def _added(self, numbers: list[float]) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -28,6 +28,8 @@ ENGINES = {
 
 
 Fill = Literal["all", "frozen", "none"]
+# takes whether this rank's gradient is not finite; gives whether any rank's is not, and whether to drop the update
+Gate = Callable[[Tensor], tuple[Tensor, Tensor]]
 NAMES: dict[torch.dtype, Literal["fp32", "bf16", "fp16"]] = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
 }  # fmt: skip
@@ -48,10 +50,13 @@ class Engine(Protocol):
     def evaluate(self, batch: Batch) -> Tensor:
         """The same sum without gradients and without dropout."""
 
-    def clip_and_step(self, lr: float, max_norm: float | None) -> Tensor:
+    def clip_and_step(self, lr: float, max_norm: float | None, gate: Gate | None = None) -> Tensor:
         """Update the weights; returns the norm of the global gradient before clipping, 0-d, on the device.
 
         A gradient that is not finite changes nothing, decided on the device; `nonfinite` then holds 1.
+
+        Args:
+            gate: asked before the update, where it may have to be dropped for another reason; 0-d bools on the device
         """
 
     nonfinite: Tensor  # 0-d float64, 1 when the last step was dropped for a reason other than the fp16 loss scale
@@ -74,6 +79,10 @@ class Engine(Protocol):
     def parameter_shapes(self) -> dict[str, dict[str, Any]]:
         """Hugging Face name -> {shape, dtype, trainable} of what `pieces` shows: trained parameters and persistent
         buffers, and with `checkpoint.store_frozen` the frozen parameters."""
+
+    def copies(self) -> tuple[int, Iterator[tuple[str, Tensor]]]:
+        """(which copy of the state this rank has a part in common with, by number; what it holds in common with the
+        other ranks of that number, by name, live and in the same order on each). Nothing where all is in shards."""
 
     def trainer_state(self) -> dict[str, Any]:
         """What beside the pieces must survive: the optimizer's count, the fp16 loss scale. Waits for the device."""

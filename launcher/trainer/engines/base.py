@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from launcher.trainer.engines import Fill
+from launcher.trainer.engines import Fill, Gate
 from launcher.trainer.model import TrainedModel, hugging_face_name, persistent_buffers
 from launcher.trainer.objectives import Batch
 from launcher.trainer.optim import LossScale, build_adamw
@@ -30,11 +30,15 @@ PART = 16 << 20  # elements that travel at a time when weights are handed out
 class TorchEngine:
     """Torch parameters, torch's fused AdamW; subclasses say how gradients meet.
 
+    part: which part of a sharded model this rank holds; ranks of the same part hold the same
+
     Args:
         module: with real memory and weights
         forward_module: what is called in training: the module itself, or its DDP wrapper
         compute: type of the arithmetic; autocast does it where `autocast` is set
     """
+
+    part = 0
 
     def __init__(
         self,
@@ -73,23 +77,25 @@ class TorchEngine:
         with torch.no_grad(), self._autocast():
             return self.module(batch).detach()  # type: ignore[no-any-return]
 
-    def clip_and_step(self, lr: float, max_norm: float | None) -> Tensor:
+    def clip_and_step(self, lr: float, max_norm: float | None, gate: Gate | None = None) -> Tensor:
         """See Engine. Clipping and the fp16 scale ride on the fused step's own division of the gradient."""
         norm = self._gradient_norm()
         if self.loss_scale is not None:
             norm = norm / self.loss_scale.value.to(norm.device)
-        bad = ~torch.isfinite(norm)
+        bad = drop = ~torch.isfinite(norm)
+        if gate is not None:
+            bad, drop = gate(bad)
         divisor = torch.ones_like(norm) if max_norm is None else torch.clamp((norm + 1e-6) / max_norm, min=1.0)
         if self.loss_scale is not None:
             divisor = divisor * self.loss_scale.value.to(norm.device)
         self.optimizer.grad_scale = None if max_norm is None and self.loss_scale is None else divisor.float()  # type: ignore[attr-defined]
-        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = drop.to(norm.device).float()  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        dropped = bad.to(self.device)
-        self.nonfinite = (dropped if self.loss_scale is None else self.loss_scale.update(dropped)).double()
+        bad = bad.to(self.device)
+        self.nonfinite = (bad if self.loss_scale is None else self.loss_scale.update(bad)).double()
         return norm
 
     def gradient_sync(self, sync: bool) -> contextlib.AbstractContextManager[None]:
@@ -128,6 +134,20 @@ class TorchEngine:
                 yield Piece(hugging_face_name(name), kind, start, moment, replica, replicas)
         for name, buffer in persistent_buffers(self.module):
             yield Piece(hugging_face_name(name), "value", 0, buffer.view(-1), dist.get_rank(), dist.get_world_size())
+
+    def copies(self) -> tuple[int, Iterator[tuple[str, Tensor]]]:
+        """See Engine: weights, moments and buffers that lie on several ranks."""
+        self.reshard()
+        return self.part, self._copied()
+
+    def _copied(self) -> Iterator[tuple[str, Tensor]]:
+        for name, p in self.module.named_parameters():
+            local, _, (_, replicas) = place(p)
+            if replicas > 1:
+                yield hugging_face_name(name), local
+                state = self.optimizer.state.get(p, {})
+                for kind in (kind for kind in MOMENTS if kind in state):
+                    yield f"{kind} of {hugging_face_name(name)}", place(state[kind])[0]
 
     def set_step(self, step: int) -> None:
         """See Engine."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from launcher.strategy.deepspeed import config as deepspeed_config
 from launcher.trainer.activations import compile_block
-from launcher.trainer.engines import Fill, Precision
+from launcher.trainer.engines import Fill, Gate, Precision
 from launcher.trainer.engines.base import MOMENTS, broadcast_parts, hand_out, stored_parameters
 from launcher.trainer.engines.deepspeed_setup import (
     choose_optimizer,
@@ -79,15 +79,21 @@ class ZeroEngine:
         with torch.no_grad():
             return self.engine(batch).detach()  # type: ignore[no-any-return]
 
-    def clip_and_step(self, lr: float, max_norm: float | None) -> Tensor:
-        """See Engine. Clipping and the fp16 scale are DeepSpeed's; what it skips, it skips on every rank alike."""
+    def clip_and_step(self, lr: float, max_norm: float | None, gate: Gate | None = None) -> Tensor:
+        """See Engine. Clipping and the fp16 scale are DeepSpeed's; what it skips, it skips on every rank alike.
+
+        DeepSpeed drops an update for one reason alone, so the gradient of one that is to be dropped is made not finite.
+        """
+        spoilt = gate is not None and bool(gate(torch.zeros((), dtype=torch.bool, device=self.device))[1])
+        if spoilt:
+            self._spoil()
         self.zero.clip_grad = max_norm or 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
         if self.stage == 3:  # else a parameter that no token reaches in the next step would repeat this gradient
             self.zero.grad_partitions_flat_buffer.zero_()
-        dropped = torch.tensor(not self.engine.was_step_applied())
+        dropped = torch.tensor(not spoilt and not self.engine.was_step_applied())
         if self.loss_scale is not None:
             dropped = self.loss_scale.update(dropped)
             self._take_over_loss_scale()
@@ -205,6 +211,24 @@ class ZeroEngine:
                     if low < high:
                         mine[low - start : high - start].copy_(part[low - begin : high - begin])
         self.refresh()
+
+    def copies(self) -> tuple[int, Iterator[tuple[str, Tensor]]]:
+        """See Engine: ZeRO-1 and 2 have the weights of the forward pass on every rank; masters and moments are once."""
+        named = () if self.stage == 3 else self.module.named_parameters()
+        return 0, ((hugging_face_name(name), p.detach().view(-1)) for name, p in named)
+
+    def _spoil(self) -> None:
+        """Let DeepSpeed find this step's reduced gradient not finite."""
+        if self.stage == 3:
+            self.zero.grad_partitions_flat_buffer.fill_(math.nan)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # DeepSpeed looks at it on a stream of its own
+        elif self.zero.cpu_offload:
+            self.zero.local_overflow = True
+        else:
+            for gradients in self.zero.averaged_gradients.values():
+                for gradient in (g for g in gradients or () if g is not None):
+                    gradient.fill_(math.nan)
 
     def _take_over_loss_scale(self) -> None:
         """The scale of fp16 moves by our rule, which every engine shares; DeepSpeed is told its value."""

@@ -89,7 +89,7 @@ def build(
     _move_buffers(module, device)
     hand_out(module, weights, device, fill=fill)
     engine = Fsdp2Engine(recipe, module, module, device=device, compute=precision.compute, autocast=False)
-    engine.shard_group = mesh.get_group("shard")
+    engine.shard_group, engine.part = mesh.get_group("shard"), mesh.get_local_rank("shard")
     engine.keep_whole = strategy.reshard_after_forward is False
     return engine
 
