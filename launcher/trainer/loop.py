@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from launcher.data.store import Store
+from launcher.plan.schedule import learning_rate
 from launcher.run.left_out import LeftOut, leave_out
 from launcher.trainer.beat import PaceKeeper, beat
 from launcher.trainer.engines import Engine
 from launcher.trainer.evaluation import evaluate
 from launcher.trainer.failures import RollBack
 from launcher.trainer.metrics import plot_loss
-from launcher.trainer.optim import learning_rate
 from launcher.trainer.own_time import own_time
 from launcher.trainer.randomness import rekey
 from launcher.trainer.replicas import Replicas

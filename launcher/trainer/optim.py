@@ -1,8 +1,7 @@
-"""How a gradient becomes an update: parameter groups, learning rate as a function of the step, loss scale of fp16."""
+"""How a gradient becomes an update: parameter groups, the optimizer, loss scale of fp16."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,38 +10,6 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from launcher.recipe.schema import Optimizer
-
-WSD_DECAY_SHARE = 0.1  # of all steps, at the end
-
-
-def warmup_steps(optimizer: Optimizer, total_steps: int) -> int:
-    """Steps of linear warm-up, from either key."""
-    if optimizer.warmup_steps is not None:
-        return optimizer.warmup_steps
-    return round((optimizer.warmup_ratio or 0.0) * total_steps)
-
-
-def learning_rate(optimizer: Optimizer, step: int, total_steps: int) -> float:
-    """The rate of the update that follows `step` finished ones (0 for the first).
-
-    No update is wasted on a rate of 0: the first of the warm-up has lr / warmup, and min_lr_ratio is what the update
-    after the last would have.
-    """
-    warmup = warmup_steps(optimizer, total_steps)
-    if step < warmup:
-        return optimizer.lr * (step + 1) / warmup
-    floor = optimizer.min_lr_ratio
-    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    if optimizer.schedule == "constant":
-        share = 1.0
-    elif optimizer.schedule == "linear":
-        share = 1.0 - done * (1.0 - floor)
-    elif optimizer.schedule == "cosine":
-        share = floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
-    else:
-        decay = max(1, round(WSD_DECAY_SHARE * total_steps))
-        share = floor + (1.0 - floor) * min(1.0, max(0, total_steps - step) / decay)
-    return optimizer.lr * share
 
 
 def build_adamw(optimizer: Optimizer, module: nn.Module) -> torch.optim.AdamW:

@@ -1,49 +1,11 @@
-"""Schedules, decay groups and the fp16 loss scale."""
+"""Decay groups and the fp16 loss scale."""
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import pytest
 import torch
 
 from launcher.recipe.schema import Optimizer
-from launcher.trainer.optim import LossScale, build_adamw, learning_rate
-
-
-def rates(total: int = 100, **keys: object) -> list[float]:
-    optimizer = Optimizer(lr=1.0, **keys)  # type: ignore[arg-type]
-    return [learning_rate(optimizer, step, total) for step in range(total + 1)]
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
-def test_warm_up_rises_linearly_to_the_rate_and_the_schedule_never_exceeds_it(schedule: str) -> None:
-    values = rates(schedule=schedule, warmup_steps=10)
-    assert values[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert max(values) == 1.0
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
-def test_a_falling_schedule_reaches_its_floor_after_the_last_step_and_never_rises(schedule: str) -> None:
-    values = rates(schedule=schedule, min_lr_ratio=0.1)
-    assert values[100] == pytest.approx(0.1)
-    assert values[99] > 0.1
-    assert all(a >= b - 1e-12 for a, b in pairwise(values))
-
-
-def test_cosine_is_halfway_in_the_middle() -> None:
-    assert rates(schedule="cosine")[50] == pytest.approx(0.5)
-
-
-def test_wsd_is_flat_until_the_last_tenth() -> None:
-    values = rates(schedule="wsd", warmup_steps=10)
-    assert values[10:91] == [1.0] * 81
-    assert values[91] == pytest.approx(0.9)
-    assert values[99] == pytest.approx(0.1)
-
-
-def test_warm_up_ratio_is_a_share_of_all_steps() -> None:
-    assert rates(schedule="constant", warmup_ratio=0.2)[:21] == rates(schedule="constant", warmup_steps=20)[:21]
+from launcher.trainer.optim import LossScale, build_adamw
 
 
 def test_weight_decay_acts_on_matrices_and_not_on_norms_and_biases() -> None:

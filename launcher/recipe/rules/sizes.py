@@ -78,14 +78,16 @@ def groups(recipe: Recipe) -> Iterator[Problem]:
 
 
 def lengths(recipe: Recipe) -> Iterator[Problem]:
-    """The warm-up ends before the run does."""
-    train, optimizer = recipe.train, recipe.optimizer
-    if train.max_steps is not None and optimizer.warmup_steps is not None and optimizer.warmup_steps > train.max_steps:
-        fix = f"Write at most {train.max_steps}, or warmup_ratio=0.03."
-        allowed = f"train.max_steps = {train.max_steps} steps or fewer"
+    """The warm-up ends before the schedule does."""
+    optimizer = recipe.optimizer
+    key, steps = "optimizer.schedule_steps", optimizer.schedule_steps
+    if steps is None:
+        key, steps = "train.max_steps", recipe.train.max_steps
+    if steps is not None and optimizer.warmup_steps is not None and optimizer.warmup_steps > steps:
+        fix = f"Write at most {steps}, or warmup_ratio=0.03."
         yield Problem(
-            "optimizer.warmup_steps", optimizer.warmup_steps, allowed, fix, because=("train.max_steps",)
-        )  # fmt: skip
+            "optimizer.warmup_steps", optimizer.warmup_steps, f"{key} = {steps} steps or fewer", fix, because=(key,)
+        )
 
 
 def positions(recipe: Recipe) -> Iterator[Problem]:

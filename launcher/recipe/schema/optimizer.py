@@ -22,6 +22,8 @@ class Optimizer:
     warmup_steps: steps of linear warm-up; exclusive with warmup_ratio
     warmup_ratio: the same as a share of all steps, 0 to 1
     min_lr_ratio: where the schedule ends, as a share of lr
+    schedule_steps: steps over which schedule and warm-up ratio are laid; the rate then stays where it ended; null: all
+        steps of the run. A run that gets another length asks for it where the rate would jump
     """
 
     kind: Literal["adamw"] = "adamw"
@@ -33,6 +35,7 @@ class Optimizer:
     warmup_steps: int | None = None
     warmup_ratio: float | None = None
     min_lr_ratio: float = 0.0
+    schedule_steps: int | None = None
 
 
 def check(optimizer: Optimizer) -> Iterator[Problem]:
@@ -55,3 +58,10 @@ def check(optimizer: Optimizer) -> Iterator[Problem]:
         yield Problem("optimizer.warmup_ratio", optimizer.warmup_ratio, "a share from 0 to 1")
     if not 0 <= optimizer.min_lr_ratio <= 1:
         yield Problem("optimizer.min_lr_ratio", optimizer.min_lr_ratio, "a share from 0 to 1")
+    if optimizer.schedule_steps is not None and optimizer.schedule_steps < 1:
+        yield Problem("optimizer.schedule_steps", optimizer.schedule_steps, "1 step or more, or null")
+    elif optimizer.schedule_steps is not None and optimizer.schedule == "constant" and not optimizer.warmup_ratio:
+        expected = "null with schedule = constant and no warmup_ratio, which has no end"
+        fix = "Remove the key."
+        because = ("optimizer.schedule", "optimizer.warmup_ratio")
+        yield Problem("optimizer.schedule_steps", optimizer.schedule_steps, expected, fix, because=because)
