@@ -22,19 +22,21 @@ from numpy.typing import NDArray
 from launcher.run import ledger
 from launcher.run.directory import MARKER, RunDirectory
 from launcher.trainer.checkpoint import retention
-from launcher.trainer.checkpoint.format import CheckpointError, HostBuffer, Piece, take_snapshot
+from launcher.trainer.checkpoint.format import HostBuffer, Piece, take_snapshot
 from launcher.trainer.checkpoint.lanes import LanesTaken, read_lanes
-from launcher.trainer.checkpoint.reader import (
+from launcher.trainer.checkpoint.reader import Reader
+from launcher.trainer.checkpoint.saving import Save, carry_out, make_folder
+from launcher.trainer.checkpoint.verify import (
     VERSION,
+    CheckpointError,
     Manifest,
-    Reader,
     all_files,
     header_metadata,
     read_manifest,
     read_table,
     verify_files,
-)  # fmt: skip
-from launcher.trainer.checkpoint.saving import Save, carry_out, make_folder
+    why,
+)
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +94,7 @@ class CheckpointManager:
         self.problems: list[str] = []  # every bad file that `load_latest` met, by name, with the reason
         self.loaded: str | None = None  # name of the checkpoint that was loaded
         self._bad: set[str] = set()
+        self._hold: retention.Hold | None = None  # on the checkpoint that is read; rank 0's until it has one of its own
         self.asynchronous = asynchronous
         self._buffer = HostBuffer(pinned=torch.cuda.is_available()) if asynchronous else None
         self._thread: threading.Thread | None = None
@@ -171,6 +174,8 @@ class CheckpointManager:
             if self.rank == 0:
                 for problem in problems:
                     log.warning("bad checkpoint: %s", problem)
+        if self.rank:
+            self._release()
         if names and state is None:
             raise CheckpointError("\n".join(["every checkpoint of this run is bad; none was deleted:", *self.problems]))
         if self.rank == 0:
@@ -196,7 +201,10 @@ class CheckpointManager:
         reader, problems = self._open(self.run.checkpoints / name)
         if reader is None:
             raise CheckpointError("; ".join(problems))
-        return self._load(reader, engine, given)
+        try:
+            return self._load(reader, engine, given)
+        finally:
+            self._release()
 
     def load_lanes(self, wanted: Collection[int], *, of: str) -> dict[int, dict[str, NDArray[Any]]] | None:
         """These lanes of the stream in the checkpoint that was loaded, whichever ranks wrote them.
@@ -248,6 +256,7 @@ class CheckpointManager:
         self._in_flight = None
 
     def _retain(self) -> str | None:
+        self._release()
         try:
             keep_last, keep_every_steps = self.keep_last, self.keep_every_steps
             retention.retain(
@@ -263,15 +272,20 @@ class CheckpointManager:
             self._thread = None
 
     def _open(self, folder: Path) -> tuple[Reader | None, list[str]]:
-        """A reader, or what is wrong; the same answer on every rank."""
+        """A reader, or what is wrong; the same answer on every rank. What is read is held against deletion."""
+        self._release()
         manifest, mine = None, []
         try:
+            self._hold = retention.Hold(folder)
             manifest = read_manifest(folder, run_id=self.meta["run_id"])
             mine = verify_files(folder, manifest, range(self.rank, len(all_files(manifest)), self.world_size))
         except CheckpointError as error:
             mine = [str(error)]
+        except OSError as error:
+            mine = [f"{folder.name}: {MARKER}: {why(error)}"]
         problems = sorted({problem for part in self._from_all(mine) for problem in part})
         if problems:
+            self._release()
             return None, problems
         assert manifest is not None
         table, problem = None, None
@@ -282,6 +296,11 @@ class CheckpointManager:
                 problem = str(error)
         table, problem = self._from_rank_0((table, problem))
         return (None, problem.splitlines()) if problem else (Reader(folder, manifest, table), [])
+
+    def _release(self) -> None:
+        if self._hold is not None:
+            self._hold.release()
+            self._hold = None
 
     def _load(self, reader: Reader, engine: Engine, given: Container[str]) -> dict[str, Any]:
         stored, wanted = reader.manifest["params"], engine.parameter_shapes()
