@@ -101,6 +101,9 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
         yield ""
         heading = ("attempt", "started", "target", "job", "reason", "step", "ended")
         yield columns([heading, *(_attempt(attempt) for attempt in summary["attempts"])])
+    for attempt in summary["attempts"]:
+        if attempt["end"] and attempt["end"]["again"] and (first := attempt["end"]["first"]):
+            yield f"attempt {attempt['number']} went on by itself after {_who(first)}: {_what(first)}"
     if failure := summary["failure"]:
         yield ""
         yield from _failure(failure)
@@ -155,10 +158,21 @@ def _attempt(attempt: dict[str, Any]) -> tuple[str, ...]:
 def _failure(failure: dict[str, Any]) -> Iterator[str]:
     from launcher.jobs.cures import cure
 
-    who = "the launcher" if failure["rank"] is None else f"rank {failure['rank']}"
-    where = f" on {failure['node']}" if failure["node"] else ""
-    yield f"first failure: {who}{where}: {failure['class']}: {failure['message']}"
+    when = "" if failure["time"] is None else f"; {clock(failure['time'])}"
+    yield f"first failure: {_who(failure)}: {_what(failure)}{when}"
     if failure["traceback"]:
         yield failure["traceback"].rstrip()
     if advice := cure(failure["message"], failure["traceback"] or ""):
         yield f"what to do: {advice}"
+
+
+def _who(failure: dict[str, Any]) -> str:
+    """`rank 1 on gpu007 at step 40`"""
+    who = "the launcher" if failure["rank"] is None else f"rank {failure['rank']}"
+    where = f" on {failure['node']}" if failure["node"] else ""
+    step = "" if failure["step"] is None else f" at step {failure['step']}"
+    return f"{who}{where}{step}"
+
+
+def _what(failure: dict[str, Any]) -> str:
+    return f"{failure['class']}: {failure['message']}"

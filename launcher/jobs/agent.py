@@ -1,7 +1,7 @@
 """torch's own elastic agent for one attempt on one node: rendezvous, ranks from the fork server, and their end.
 
 It runs in a thread, so it installs no signal handlers: what a signal means is decided by `launcher.jobs.signals`.
-Restarts in place stay off: they wait a fixed 30 s; a new attempt costs a third of a second.
+Restarts in place stay off: they may wait 30 s for the other ranks; a new attempt costs a third of a second.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from launcher.jobs import rank, scratch, warm
+from launcher.jobs.silent import MemoryKills
 from launcher.run.output import PatientStream
 
 
@@ -48,6 +49,7 @@ class Agent:
     ) -> None:
         self._error: BaseException | None = None
         self._first = len(RankProcess.started)
+        self._kills = MemoryKills()
         ForkServerContext.Process = RankProcess  # type: ignore[assignment]  # torch takes its processes from there
         server = warm.server_pid()
         assert server is not None, "warm.start() comes first"
@@ -85,7 +87,9 @@ class Agent:
         rank, failure = next(iter(known.items()))
         processes = enumerate(RankProcess.started[self._first :], start=rank - failure.local_rank)
         return {
-            rank: ended(process.exitcode) for rank, process in processes if process.exitcode and not process.ended_by_us
+            rank: self._kills.explained(ended(process.exitcode), process.pid)
+            for rank, process in processes
+            if process.exitcode and not process.ended_by_us
         }
 
     def _host(self, run_id: str, ranks: int, node: Node, arguments: tuple[Any, ...], log: Path) -> None:

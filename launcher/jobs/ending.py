@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from launcher.jobs.silent import OUT_OF_MEMORY
 from launcher.run.control import Outcome, Verdict
 
 Status = Literal["finished", "preempted", "failed", "cancelled"]
@@ -98,15 +99,12 @@ def judge(outcomes: Mapping[int, Outcome], died: Mapping[int, str], *, ranks: ra
         )
     if silent:
         rank, how = min(silent.items())
-        message = f"rank {rank} said nothing before its end: {how}{_hint(how)}"
-        return Ending(status="failed", failure_class="unknown", step=step, rank=rank, message=message)
+        message = f"rank {rank} said nothing before its end: {how}"
+        kind = "out_of_memory" if OUT_OF_MEMORY in how else "unknown"
+        return Ending(status="failed", failure_class=kind, step=step, rank=rank, message=message)
     if missing := [rank for rank in ranks if rank not in outcomes]:
         message = f"rank {missing[0]} ended without a word"
         return Ending(status="failed", failure_class="unknown", step=step, rank=missing[0], message=message)
     if any(o.kind == "stopped" for o in outcomes.values()):
         return Ending(status="preempted", failure_class="preemption", step=step)
     return Ending(status="finished", step=step)
-
-
-def _hint(how: str) -> str:
-    return " (the kernel does that when memory runs out: see dmesg)" if how == "killed by SIGKILL" else ""

@@ -32,7 +32,16 @@ from launcher.jobs.spec import job_spec, stop_after_s
 from launcher.jobs.targets import render
 from launcher.plan import Plan, make_plan
 from launcher.recipe.schema import Recipe
-from launcher.run.control import clear_stop, read_outcomes, request_stop, stop_reason, stop_requested, write_verdict
+from launcher.run.control import (
+    Outcome,
+    clear_stop,
+    first_failure,
+    read_outcomes,
+    request_stop,
+    stop_reason,
+    stop_requested,
+    write_verdict,
+)
 from launcher.run.data import remarks
 from launcher.run.directory import RunDirectory
 from launcher.run.files import read_json
@@ -51,6 +60,7 @@ from launcher.run.reserve import give_up, insist, keep_back
 from launcher.run.state import StaleAttempt, reached_end, write_state
 
 _POLL_S = 0.05
+_KILLED_S = 3.0  # for the agent to see that its ranks have been killed
 _OTHER_NODES_GRACE_S = 10.0  # after a failure elsewhere, for this node's ranks to notice it themselves
 
 
@@ -221,7 +231,7 @@ def supervise(
         environment={**machine.environment(), **node.environment},
         log=run.logs(attempt, machine.name) / f"agent-{node.rank}.log",
     )
-    deadline = stop_at(recipe, started)
+    deadline, named = stop_at(recipe, started), False
     for _ in ticks(lambda: agent.done() or signals.at_once):
         pass_on_stop(run, signals, deadline, console.say)
         console.poll()
@@ -231,7 +241,10 @@ def supervise(
             _end_ranks(agent, grace_s=0)
             console.close()
             return Ending(status="failed", failure_class="node", message=lost)
-        if failed_somewhere(run, attempt):
+        if (found := first_failure(read_outcomes(run, attempt))) is not None:
+            if not named and node.rank == 0:
+                _name(*found, console.say)
+            named = True
             _end_ranks(agent, grace_s=_OTHER_NODES_GRACE_S)
     if signals.at_once:
         _end_ranks(agent, grace_s=0)
@@ -242,9 +255,9 @@ def supervise(
         )
     console.close()
     died, broken = _ended(agent)
-    silent: list[str] = []
+    silent, mine = list[str](), set(died)
     if meeting is not None and node.rank > 0:
-        meeting.last_word(died)
+        meeting.last_word({rank: f"{how} on {machine.name}" for rank, how in died.items()})
     elif meeting is not None:
         elsewhere, silent = meeting.last_words()
         died |= elsewhere
@@ -254,7 +267,14 @@ def supervise(
     if silent and ending.failure_class in ("communication", "unknown"):
         message = f"{', '.join(silent)} has gone without a word. {ending.message}"
         return replace(ending, failure_class="node", message=message)
-    return ending
+    return replace(ending, node=machine.name) if ending.rank in mine and not ending.node else ending
+
+
+def _name(rank: int, outcome: Outcome, say: Callable[[str], None]) -> None:
+    """Say which rank failed while the others are still being ended."""
+    at = "" if outcome.step is None else f" at step {outcome.step}"
+    where = f" on {outcome.node}" if outcome.node else ""
+    say(f"rank {rank}{where} failed{at} ({outcome.failure_class}): {outcome.message}")
 
 
 def _ended(agent: Agent) -> tuple[dict[int, str], Ending | None]:
@@ -519,8 +539,10 @@ def _end_ranks(agent: Agent, *, grace_s: float) -> None:
         pass
     if not agent.done():
         agent.kill_ranks()
+        agent.join(timeout_s=_KILLED_S)
+    if not agent.done():  # it has just started some more
         warm.stop()
-        agent.join(timeout_s=5)
+        agent.join(timeout_s=_KILLED_S)
 
 
 def _total_steps(run: RunDirectory) -> int | None:

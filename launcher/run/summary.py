@@ -12,7 +12,7 @@ from launcher.run.control import first_failure, read_outcomes, read_verdict, sto
 from launcher.run.directory import RunDirectory, parse_checkpoint_name
 from launcher.run.files import parse_lines, read_json
 from launcher.run.lease import current_owner
-from launcher.run.ledger import Attempt, CheckpointRef, attempts, valid_checkpoints
+from launcher.run.ledger import Attempt, CheckpointRef, Failure, attempts, valid_checkpoints
 from launcher.run.state import State, read_state
 
 SUMMARY_VERSION = 1
@@ -51,7 +51,7 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
         "attempt": state.attempt,
         "attempts": [_attempt(attempt, logged.get(attempt.number, {}).get("step")) for attempt in known],
         "last_checkpoint": _checkpoint(last),
-        "failure": _failure(run, state),
+        "failure": _failure(run, state, known),
         "loss": _finite(metrics.get("loss")),
         "loss_step": metrics.get("step"),
         "evaluation": _evaluation(evaluated),
@@ -89,12 +89,12 @@ def _total_steps(run: RunDirectory, state: State) -> int | None:
 def _attempt(attempt: Attempt, logged: Any) -> dict[str, Any]:
     end = {
         "step": attempt.end_step, "class": attempt.end_class, "verdict": attempt.end_verdict, "why": attempt.end_why,
-        "time": attempt.end_time,
+        "again": attempt.end_again, "first": _first(attempt.end_first), "time": attempt.end_time,
     }  # fmt: skip
     accepted = [found[0] for name in attempt.accepts if (found := parse_checkpoint_name(name))]
     return {
         "number": attempt.number, "target": attempt.target, "job_id": attempt.job_id, "restart": attempt.restart,
-        "nodes": attempt.nodes, "first_step": max(accepted, default=0),
+        "within": attempt.within, "nodes": attempt.nodes, "first_step": max(accepted, default=0),
         "reason": attempt.reason, "accepts": list(attempt.accepts), "time": attempt.time, "host": attempt.host,
         "pid": attempt.pid, "launcher_version": attempt.launcher_version,
         "end": end if attempt.ended else None,
@@ -106,23 +106,37 @@ def _checkpoint(last: CheckpointRef | None) -> dict[str, Any] | None:
     return {"step": last.step, "attempt": last.attempt, "path": str(last.path.resolve())} if last else None
 
 
-def _failure(run: RunDirectory, state: State) -> dict[str, Any] | None:
-    """The rank that failed first in the latest attempt; what the launcher said where no rank could."""
-    if state.status not in ("failed", "running", "starting"):
+def _failure(run: RunDirectory, state: State, known: Sequence[Attempt]) -> dict[str, Any] | None:
+    """What failed first in the latest attempt: as the launcher judged it in the end, before that as the ranks say."""
+    if state.status not in ("failed", "running", "starting", "restarting"):
         return None
+    attempt = next((attempt for attempt in known if attempt.number == state.attempt), None)
+    if attempt is not None and attempt.end_first is not None:
+        return _first(attempt.end_first)
     if found := first_failure(read_outcomes(run, state.attempt)):
         rank, outcome = found
         return {
-            "rank": rank, "node": outcome.node or None, "class": outcome.failure_class or "unknown",
-            "message": outcome.message, "traceback": outcome.traceback or None,
+            "rank": rank, "node": outcome.node or None, "step": outcome.step,
+            "class": outcome.failure_class or "unknown", "message": outcome.message,
+            "traceback": outcome.traceback or None, "time": outcome.time,
         }  # fmt: skip
     if state.status != "failed":
         return None
-    ended = next((attempt.end_class for attempt in attempts(run) if attempt.number == state.attempt), None)
     said = {key: state.more.get(key) for key in ("rank", "node", "message", "traceback")}
+    ended = attempt.end_class if attempt is not None else None
     return {
-        "rank": said["rank"], "node": said["node"], "class": state.more.get("class") or ended or "unknown",
-        "message": said["message"] or "", "traceback": said["traceback"],
+        "rank": said["rank"], "node": said["node"], "step": state.step,
+        "class": state.more.get("class") or ended or "unknown", "message": said["message"] or "",
+        "traceback": said["traceback"], "time": state.time,
+    }  # fmt: skip
+
+
+def _first(failure: Failure | None) -> dict[str, Any] | None:
+    if failure is None:
+        return None
+    return {
+        "rank": failure.rank, "node": failure.node or None, "step": failure.step, "class": failure.failure_class,
+        "message": failure.message, "traceback": failure.traceback or None, "time": failure.time,
     }  # fmt: skip
 
 

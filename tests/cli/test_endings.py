@@ -60,7 +60,7 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(recipe: Path):
     record = json.loads(run.run_file.read_text())
     del record["run_id"]
     run.run_file.write_text(json.dumps(record))
-    out, _ = finish(launcher("resume", run.path, "train.max_steps=8"), code=1)
+    out, _ = finish(launcher("resume", run.path, "train.max_steps=8", "cluster.restart.unknown=0"), code=1)
     assert out.count("Traceback (most recent call last)") == 1
     assert "KeyError: 'run_id'" in out.splitlines()[-3]  # then its verdict, and where the logs are
 

@@ -114,15 +114,28 @@ def test_a_run_leaves_nothing_in_the_temporary_folder_and_the_next_start_removes
     assert left() == {others}
 
 
-def test_l4_a_killed_rank_ends_the_run_with_1_names_the_cause_and_the_next_start_is_bit_exact(recipe, uninterrupted):
-    process, run, ranks = running(recipe, "killed")
+def test_l4_a_killed_rank_is_named_and_the_run_goes_on_by_itself_bit_exact(recipe, uninterrupted):
+    process, run, ranks = running(recipe, "killed", "cluster.restart.backoff_s=0")
+    os.kill(ranks[1], signal.SIGKILL)
+    out, _ = finish(process, code=0)
+    assert "killed by SIGKILL" in out
+    assert "unknown: restart 1 of 3 (cluster.restart.unknown): attempt 2 begins now" in out
+    assert not [pid for pid in ranks if lives(pid)]
+    assert (read_state(run).status, read_verdict(run)) == ("finished", "stop")
+    first, second = attempts(run)
+    assert (first.end_class, first.end_again, second.within, second.job_id) == ("unknown", True, True, first.job_id)
+    assert_same_training(run, uninterrupted)
+
+
+def test_without_a_budget_a_killed_rank_ends_the_run_with_1_and_the_next_start_is_a_persons(recipe, uninterrupted):
+    process, run, ranks = running(recipe, "left", "cluster.restart.unknown=0")
     os.kill(ranks[1], signal.SIGKILL)
     out, _ = finish(process, code=1, timeout_s=25)  # not torch's 30 s
     assert "killed by SIGKILL" in out
     assert not [pid for pid in ranks if lives(pid)]
     assert (read_state(run).status, read_verdict(run)) == ("failed", "stop")
 
-    finish(launcher("run", recipe, "run.name=killed"), code=0)
+    finish(launcher("run", recipe, "run.name=left"), code=0)
     assert_same_training(run, uninterrupted)
 
 

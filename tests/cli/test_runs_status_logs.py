@@ -58,7 +58,7 @@ def test_status_shows_state_attempts_checkpoint_and_the_first_failing_rank(here,
     assert code == 0
     for part in (
         "failed, step 60/400", "step-00000040-a1", "first start", "after preemption", "preemption", "data",
-        "first failure: rank 1 on n1: data: rank 1, step 60: bad row", "  DataError: bad",
+        "first failure: rank 1 on n1 at step 60: data: rank 1, step 60: bad row", "  DataError: bad",
     ):  # fmt: skip
         assert part in out
 
@@ -71,7 +71,7 @@ def test_status_as_json_is_the_documented_shape_and_the_same_by_name_and_by_path
     assert (summary["version"], summary["status"], summary["step"], summary["failure"]["rank"]) == (1, "failed", 60, 1)
     assert set(summary["attempts"][0]) == {
         "number", "target", "job_id", "nodes", "reason", "accepts", "time", "host", "pid", "launcher_version", "end",
-        "last_step", "restart", "first_step",
+        "last_step", "restart", "within", "first_step",
     }  # fmt: skip
 
 

@@ -34,8 +34,12 @@ def test_the_cause_is_the_rank_that_failed_by_itself_not_the_one_that_lost_its_p
 def test_a_killed_rank_is_the_cause_though_its_peer_complains_of_the_network():
     ending = judge({1: failed("communication")}, {0: "killed by SIGKILL"}, ranks=TWO)
     assert (ending.rank, ending.failure_class) == (0, "unknown")
-    assert "SIGKILL" in ending.message
-    assert "memory" in ending.message
+    assert ending.message == "rank 0 said nothing before its end: killed by SIGKILL"
+
+
+def test_a_rank_that_the_kernel_killed_for_want_of_memory_is_out_of_memory():
+    how = "killed by SIGKILL (memory ran out: the kernel ended 1 process here meanwhile)"
+    assert judge({0: failed("communication")}, {1: how}, ranks=TWO).failure_class == "out_of_memory"
 
 
 def test_an_error_without_a_class_is_the_cause_before_its_peers_lost_connections():

@@ -338,9 +338,10 @@ def test_an_old_ledger_without_verdicts_is_read(run):
 @pytest.mark.gloo
 def test_l10_a_run_that_crashes_is_started_again_until_its_budget_is_used_up(tmp_path: Path):
     """The loop of a batch script by hand, as long as the worker says 75; each time a rank is killed at some step."""
-    recipe = project(tmp_path, train={"max_steps": 100_000}, cluster={"nproc_per_node": 1, "restart": {"unknown": 2}})
+    budgets = {"unknown": 2, "backoff_s": 0}
+    recipe = project(tmp_path, train={"max_steps": 100_000}, cluster={"nproc_per_node": 1, "restart": budgets})
     run = run_of(recipe)
-    process = launcher("run", recipe)
+    process = launcher("run", recipe, "cluster.restart.unknown=0")
     kill_the_rank(run, process)
     finish(process, code=1)
     codes, out, err = [75], "", ""

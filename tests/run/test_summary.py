@@ -8,7 +8,7 @@ import pytest
 
 from launcher.run.control import Outcome, request_stop, write_outcome
 from launcher.run.lease import hold_lease
-from launcher.run.ledger import end_attempt
+from launcher.run.ledger import Failure, end_attempt
 from launcher.run.state import write_state
 from launcher.run.summary import list_runs, summarise
 from tests.run.make import commit, make_run, start
@@ -151,9 +151,26 @@ def test_first_failing_rank_is_shown_with_its_traceback(tmp_path):
     write_outcome(run, attempt, 0, Outcome("failed", "communication", 4, "lost a peer", "T0", "n0"))
     write_outcome(run, attempt, 1, Outcome("failed", "out_of_memory", 4, "no memory", "T1", "n1"))
     end_attempt(run, attempt, step=4, outcome_class="out_of_memory")
-    assert summarise(run)["failure"] == {
-        "rank": 1, "node": "n1", "class": "out_of_memory", "message": "no memory", "traceback": "T1",
+    failure = summarise(run)["failure"]
+    assert isinstance(failure.pop("time"), float)
+    assert failure == {
+        "rank": 1, "node": "n1", "step": 4, "class": "out_of_memory", "message": "no memory", "traceback": "T1",
     }  # fmt: skip
+
+
+def test_the_failure_that_the_launcher_judged_is_in_the_summary_of_its_attempt_and_of_the_run_while_it_pauses(tmp_path):
+    run = make_run(tmp_path)
+    first = Failure(rank=1, node="n1", step=4, failure_class="hang", message="stood still", traceback="T", time=2.5)
+    end_attempt(run, start(run), step=5, outcome_class="hang", verdict="requeue", again=True, first=first)
+    summary = summarise(run)
+    assert summary["failure"] == {
+        "rank": 1, "node": "n1", "step": 4, "class": "hang", "message": "stood still", "traceback": "T", "time": 2.5,
+    }  # fmt: skip
+    assert summary["attempts"][0]["end"]["first"] == summary["failure"]
+    assert (summary["attempts"][0]["end"]["again"], summary["status"]) == (
+        True,
+        "interrupted",
+    )  # nobody holds the lease
 
 
 def test_failure_of_an_earlier_attempt_is_not_that_of_the_run(tmp_path):
@@ -168,8 +185,11 @@ def test_failure_before_any_rank_could_speak_is_what_the_launcher_said(tmp_path)
     run = make_run(tmp_path)
     write_state(run, "failed", attempt=start(run), step=None, message="data/x.jsonl: missing")
     end_attempt(run, 1, step=None, outcome_class="user")
-    assert summarise(run)["failure"] == {
-        "rank": None, "node": None, "class": "user", "message": "data/x.jsonl: missing", "traceback": None,
+    failure = summarise(run)["failure"]
+    assert isinstance(failure.pop("time"), float)
+    assert failure == {
+        "rank": None, "node": None, "step": None, "class": "user", "message": "data/x.jsonl: missing",
+        "traceback": None,
     }  # fmt: skip
 
 
