@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from launcher.errors import Problem
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # a line end would leave the comment of a script in which the name stands
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,3 +29,6 @@ def check(run: Run) -> Iterator[Problem]:
     """Rules of this section alone."""
     if run.name is not None and (not run.name or "/" in run.name or run.name.startswith(".")):
         yield Problem("run.name", run.name, "a plain folder name", "Put the path into run.dir.")
+    for key in ("name", "dir"):
+        if _CONTROL.search(value := getattr(run, key) or ""):
+            yield Problem(f"run.{key}", value, "text without line ends and other control characters")
