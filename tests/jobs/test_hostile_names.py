@@ -42,8 +42,8 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     for name, value in {
-        "HF_TOKEN": "$(touch PWNED)", "LAUNCHER_RENDEZVOUS": "node1:1234", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n",
-        "SLURM_JOB_CPUS_PER_NODE": "2", "SLURM_NNODES": "2", "SLURM_JOB_NUM_NODES": "2",
+        "HF_TOKEN": "$(touch PWNED)", "LAUNCHER_RENDEZVOUS": "node1:1234", "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n", "SLURM_JOB_CPUS_PER_NODE": "2", "SLURM_NNODES": "2", "SLURM_JOB_NUM_NODES": "2",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     return tmp_path / "calls"
@@ -94,5 +94,5 @@ def test_a_scheduler_that_allows_less_refuses_the_name_in_words(target):
 @pytest.mark.parametrize("key", ["name", "dir"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_line_ends_which_would_leave_a_comment_are_refused(target, key):
-    with pytest.raises(RecipeError, match=rf"run\.{key} = .*without line ends"):
+    with pytest.raises(RecipeError, match=rf"(?s)run\.{key} = .*without line ends"):
         job(target, "fsdp2", "1x8", f'run.{key}="a\\ntouch PWNED"')
