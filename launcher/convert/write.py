@@ -61,11 +61,12 @@ def write_checkpoint(
                 raise UserError(f"{source.title}: {name} {kind}: expected {count} elements, found {tensor.numel()}.")
             yield tensor.view(torch.uint8)
 
+    size = len(head) + sum(dtype.itemsize * count for _, _, dtype, count in rows)
     folder = run.checkpoint(step, attempt)
     try:
         make_folder(folder)
         fence = partial(ledger.fenced, run, attempt)
-        carry_out(Save(folder, 0, 1, Snapshot(head, ranges(), elements), manifest, 60.0, fence))
+        carry_out(Save(folder, 0, 1, Snapshot(head, ranges, size, elements), manifest, 60.0, fence))
     except CheckpointError as error:
         raise UserError(f"{folder}: {error}") from error
     except OSError as error:

@@ -45,7 +45,9 @@ def write_weights(weights: Weights, lm: Any, folder: Path, *, max_shard: int | s
 def write_tensors(path: Path, shapes: dict[str, Tensor], load: Callable[[str], Tensor]) -> None:
     """Write one safetensors file, loading one tensor at a time."""
     names = sorted(shapes, key=lambda name: (-shapes[name].element_size(), name))  # wide types first keeps all aligned
-    write_file(path, Snapshot(_head({name: shapes[name] for name in names}), _bytes(names, load)))
+    head = _head({name: shapes[name] for name in names})
+    size = len(head) + sum(tensor.numel() * tensor.element_size() for tensor in shapes.values())
+    write_file(path, Snapshot(head, lambda: _bytes(names, load), size))
 
 
 def with_dtype(weights: Weights, dtype: str | None) -> Weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from launcher.recipe.schema import Checkpoint
 from launcher.trainer import saving
+from launcher.trainer.checkpoint.saving import Progress
 from launcher.trainer.failures import SaveError
 from launcher.trainer.saving import Saver
 from tests.ranks import free_port
@@ -25,12 +27,20 @@ class Manager:
 
     def __init__(self, *ends: str) -> None:
         self.ends, self.saved, self.told = list(ends), [], []  # type: ignore[var-annotated]
+        self.progress, self.flying, self.free, self.needs = Progress(), False, 0, None
+
+    def in_flight(self, *, wait_s: float = 0.0) -> bool:
+        return self.flying
+
+    def free_bytes(self) -> int:
+        return self.free
 
     def save(self, step: int, engine: Any, state: dict[str, Any], *, lanes: Any = None) -> None:
         json.dumps(state)  # it must be JSON
         self.saved.append(step)
         end = self.ends.pop(0) if self.ends else "done"
-        self.told.append(SimpleNamespace(state=end, step=step, reason="disk full" if end == "failed" else None))
+        reason, needs = ("disk full", self.needs) if end == "failed" else (None, None)
+        self.told.append(SimpleNamespace(state=end, step=step, reason=reason, needs=needs))
 
     def poll(self) -> Any:
         return self.told.pop(0) if self.told else SimpleNamespace(state="idle", step=None, reason=None)
@@ -46,7 +56,9 @@ def saver(manager: Manager, *, rank: int = 0, **keys: Any) -> Saver:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    now = SimpleNamespace(monotonic=lambda: now.time, sleep=lambda s: setattr(now, "time", now.time + s), time=0.0)
+    now = SimpleNamespace(now=0.0)
+    now.monotonic, now.sleep = lambda: now.now, lambda s: setattr(now, "now", now.now + s)
+    now.time, now.localtime, now.strftime = lambda: 3600 + now.now, time.gmtime, time.strftime
     monkeypatch.setattr(saving, "time", now)
     return now
 
@@ -62,9 +74,9 @@ def test_saves_are_due_by_steps_on_every_rank_and_by_minutes_on_rank_0(clock: Si
     keys = {"every_steps": 5, "every_minutes": 2.0}
     first, other = saver(Manager(), **keys), saver(Manager(), rank=1, **keys)
     assert [s for s in range(1, 12) if first.due(s) and other.due(s)] == [5, 10]
-    clock.time = 119.0
+    clock.now = 119.0
     assert not first.wanted()
-    clock.time = 121.0
+    clock.now = 121.0
     assert first.wanted()
     assert not other.wanted()
     first.save(7)
@@ -77,13 +89,62 @@ def test_a_failed_save_is_said_tried_again_after_a_while_and_ever_later(clock: S
     for step in (3, 5, 8):
         one.save(step)
         ended = one.look()
-        begin = clock.time
+        begin = clock.now
         while not ended and not one.wanted():
-            clock.time += 1
-        waits.append(clock.time - begin)
+            clock.now += 1
+        waits.append(clock.now - begin)
     assert waits == [10.0, 20.0, 0.0]
     assert capsys.readouterr().out.count("warning: no checkpoint was written: disk full") == 2
     assert not one.wanted()
+
+
+def test_a_save_that_lacked_space_is_tried_again_when_there_is_enough_and_not_before(
+    clock: SimpleNamespace, capsys: Any
+) -> None:
+    manager = Manager("failed", "done")
+    manager.needs = 1 << 20
+    one = saver(manager, every_steps=None)
+    one.save(3)
+    assert not one.look()
+    assert "disk full. Training goes on and it is tried again as soon as there is space." in capsys.readouterr().out
+    for _ in range(500):
+        clock.now += 1
+        assert not one.wanted()
+    manager.free = 2 << 20
+    clock.now += saving.SPACE_LOOK_S
+    assert one.wanted()
+    one.save(9)
+    assert one.look()
+    assert not one.wanted()
+    assert manager.saved == [3, 9]
+
+
+def test_a_disk_that_is_full_by_another_measure_than_bytes_is_tried_by_the_clock(clock: SimpleNamespace) -> None:
+    manager = Manager("failed")  # of inodes, or a quota: bytes are free
+    manager.needs, manager.free = 1 << 20, 1 << 30
+    one = saver(manager, every_steps=None)
+    one.save(3)
+    assert not one.look()
+    clock.now += saving.FIRST_RETRY_S - 1
+    assert not one.wanted()
+    clock.now += 1
+    assert one.wanted()
+
+
+def test_silence_of_storage_is_said_once_with_its_beginning_and_its_end(clock: SimpleNamespace, capsys: Any) -> None:
+    manager = Manager()
+    one, manager.flying = saver(manager), True
+    manager.progress.doing, manager.progress.since = "writing rank-00000.safetensors", 5.0
+    for now in (34.0, 36.0, 50.0):
+        clock.now = now
+        one.look()
+    said = "since 01:00:05, for 31 s: a checkpoint is writing rank-00000.safetensors. Training goes on."
+    assert capsys.readouterr().out == f"warning: storage has not answered {said}\n"
+    manager.progress.since = 64.0
+    clock.now = 65.0
+    one.look()
+    one.look()
+    assert capsys.readouterr().out == "storage answers again, after 60 s\n"
 
 
 @pytest.mark.usefixtures("alone")

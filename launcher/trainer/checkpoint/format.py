@@ -10,7 +10,7 @@ import json
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,12 +114,15 @@ class Snapshot:
     """A rank's file before it is written.
 
     head: length and JSON header
-    ranges: uint8 host tensors that follow the header, end to end; may be taken from live tensors one at a time
+    ranges: gives the uint8 host tensors that follow the header, end to end, perhaps taken from live tensors one at a
+        time; called for each try
+    size: of the file in bytes
     elements: number of elements written, by kind
     """
 
     head: bytes
-    ranges: Iterable[Tensor]
+    ranges: Callable[[], Iterable[Tensor]]
+    size: int
     elements: dict[str, int] = field(default_factory=dict)
 
 
@@ -133,8 +136,10 @@ def take_snapshot(pieces: Iterable[Piece], metadata: dict[str, str], buffer: Hos
     rows = sorted(share_replicas(pieces), key=lambda p: -p.tensor.element_size())  # wide types first keeps all aligned
     head, elements = layout([(p.name, p.kind, p.start, p.tensor.dtype, p.tensor.numel()) for p in rows], metadata)
     size = sum(p.tensor.numel() * p.tensor.element_size() for p in rows)
-    ranges = _live_bytes(rows) if buffer is None else [_copy(rows, buffer.take(size))]
-    return Snapshot(head, ranges, elements)
+    if buffer is None:
+        return Snapshot(head, lambda: _live_bytes(rows), len(head) + size, elements)
+    copied = _copy(rows, buffer.take(size))
+    return Snapshot(head, lambda: [copied], len(head) + size, elements)
 
 
 def layout(
@@ -195,12 +200,15 @@ def _copy(rows: list[Piece], host: Tensor) -> Tensor:
     return host
 
 
-def write_file(path: Path, snapshot: Snapshot) -> FileRecord:
-    """Write, hash and fsync one file.
+def write_file(path: Path, snapshot: Snapshot, *, wrote: Callable[[], None] = lambda: None) -> FileRecord:
+    """Write, hash and fsync one file, always a new one: what an earlier try left at this place goes first.
 
+    Args:
+        wrote: called each time storage has taken a chunk
     Raises:
         OSError: the disk is full, or gave up; the file is then unfinished.
     """
+    path.unlink(missing_ok=True)
     digest, size = xxhash.xxh3_128(), 0
     with open(path, "wb", buffering=0) as file:
         for part in _chunks(snapshot):
@@ -208,13 +216,15 @@ def write_file(path: Path, snapshot: Snapshot) -> FileRecord:
             size += len(part)
             while part:
                 part = part[file.write(part) :]
+                wrote()
         os.fsync(file.fileno())
+    wrote()
     return FileRecord(path.name, size, digest.hexdigest())
 
 
 def _chunks(snapshot: Snapshot) -> Iterator[memoryview]:
     yield memoryview(snapshot.head)
-    for tensor in snapshot.ranges:
+    for tensor in snapshot.ranges():
         data = memoryview(tensor.numpy())
         for at in range(0, len(data), CHUNK):
             yield data[at : at + CHUNK]

@@ -28,7 +28,7 @@ def lanes_snapshot(lanes: Mapping[int, Arrays], metadata: dict[str, str]) -> Sna
     found.sort(key=lambda entry: -entry[2].itemsize)  # wide types first keeps all aligned
     tensors = [torch.from_numpy(array.reshape(-1).view(np.uint8).copy()) for _, _, array in found]
     head, _ = layout([(_key(lane), name, 0, _dtype(array), array.size) for lane, name, array in found], metadata)
-    return Snapshot(head, tensors)
+    return Snapshot(head, lambda: tensors, len(head) + sum(tensor.numel() for tensor in tensors))
 
 
 def read_lanes(

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from launcher.run import ledger
 from launcher.run.directory import MARKER, RunDirectory
+from launcher.run.files import is_there, retrying
 from launcher.trainer.checkpoint import retention
 from launcher.trainer.checkpoint.format import HostBuffer, Piece, take_snapshot
 from launcher.trainer.checkpoint.lanes import LanesTaken, read_lanes
 from launcher.trainer.checkpoint.reader import Reader
-from launcher.trainer.checkpoint.saving import Save, carry_out, make_folder
+from launcher.trainer.checkpoint.saving import Progress, Save, carry_out, free_bytes, make_folder
 from launcher.trainer.checkpoint.verify import (
     VERSION,
     CheckpointError,
@@ -60,6 +61,7 @@ class SaveStatus:
     blocked_s: how long training stood still for it
     durable_s: from its beginning to its durable marker
     bytes: size of this rank's file
+    needs: bytes of the whole checkpoint, where it failed for want of space; known on rank 0
     """
 
     state: Literal["idle", "in flight", "done", "failed"]
@@ -68,6 +70,7 @@ class SaveStatus:
     blocked_s: float = 0.0
     durable_s: float = 0.0
     bytes: int = 0
+    needs: int | None = None
 
 
 _IDLE = SaveStatus("idle")
@@ -100,6 +103,7 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._finished: deque[SaveStatus] = deque()
         self._in_flight: int | None = None
+        self.progress = Progress()  # of the save in flight, or of the last one
 
     def save(
         self, step: int, engine: Engine, trainer_state: dict[str, Any], *, lanes: LanesTaken | None = None
@@ -126,11 +130,22 @@ class CheckpointManager:
         snapshot = take_snapshot(engine.pieces(), header_metadata(manifest, self.rank), self._buffer)
         fence = partial(ledger.fenced, self.run, self.attempt)
         save = Save(folder, self.rank, self.world_size, snapshot, manifest, self.patience_s, fence, lanes)
-        self._in_flight = step
+        self._in_flight, self.progress = step, save.progress
         self._thread = threading.Thread(target=self._work, args=(save, began, time.monotonic()), daemon=True)
         self._thread.start()
         if self._buffer is None:
             self._join()
+
+    def in_flight(self, *, wait_s: float = 0.0) -> bool:
+        """Whether a save is on its way, after having waited for it so long at most."""
+        if self._thread is None:
+            return False
+        self._thread.join(wait_s)
+        return self._thread.is_alive()
+
+    def free_bytes(self) -> int | None:
+        """What may still be written below checkpoints/; None where that cannot be found out."""
+        return free_bytes(self.run.checkpoints)
 
     def poll(self) -> SaveStatus:
         """How the oldest save ended that was not told yet, else whether one is in flight. Each end is told once.
@@ -220,13 +235,15 @@ class CheckpointManager:
             return None
         folder = self.run.checkpoints / self.loaded
         manifest = read_manifest(folder, run_id=self.meta["run_id"])
-        return read_lanes(folder, manifest, wanted) if manifest.get("stream_of") == of else None
+        if manifest.get("stream_of") != of:
+            return None
+        return retrying(lambda: read_lanes(folder, manifest, wanted), what=folder)
 
     def _prepare(self, folder: Path) -> tuple[bool, str | None]:
         """(this step is committed already, why there can be no save)."""
         try:
             with ledger.fenced(self.run, self.attempt):
-                if (folder / MARKER).exists() and folder.name not in self._bad:
+                if is_there(folder / MARKER) and folder.name not in self._bad:
                     return True, None
                 make_folder(folder)
         except ledger.StaleAttempt as error:
@@ -243,16 +260,16 @@ class CheckpointManager:
 
     def _work(self, save: Save, began: float, copied: float) -> None:
         """The thread: every way it can end becomes a status."""
-        step, size, reason, state = save.manifest["step"], 0, None, "done"
+        step, size, reason, state, needs = save.manifest["step"], 0, None, "done", None
         try:
             size = carry_out(save)
         except Exception as error:
-            state, reason = "failed", str(error) or repr(error)
+            state, reason, needs = "failed", str(error) or repr(error), getattr(error, "needs", None)
         if state == "done" and save.rank == 0:
             reason = self._retain()
         now = time.monotonic()
         blocked = (now if self._buffer is None else copied) - began
-        self._finished.append(SaveStatus(state, step, reason, blocked, now - began, size))  # type: ignore[arg-type]
+        self._finished.append(SaveStatus(state, step, reason, blocked, now - began, size, needs))  # type: ignore[arg-type]
         self._in_flight = None
 
     def _retain(self) -> str | None:

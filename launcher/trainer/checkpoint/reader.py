@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from launcher.run.directory import MARKER
+from launcher.run.files import retrying
 from launcher.trainer.checkpoint.format import DTYPES
 from launcher.trainer.checkpoint.verify import (
     CODES,
@@ -96,6 +97,11 @@ class Reader:
 
     def _map(self, index: int) -> mmap.mmap:
         if index not in self._maps:
-            with open_plain(self.folder / self.manifest["files"][index]["file"]) as file:
-                self._maps[index] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants writable memory
+            path = self.folder / self.manifest["files"][index]["file"]
+            self._maps[index] = retrying(lambda: _mapped(path), what=path)
         return self._maps[index]
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with open_plain(path) as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants writable memory

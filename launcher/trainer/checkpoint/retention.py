@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launcher.run import ledger
 from launcher.run.directory import MARKER, RunDirectory, parse_checkpoint_name
-from launcher.run.files import sync_folder
+from launcher.run.files import retrying, sync_folder
 from launcher.run.ledger import CheckpointRef
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # then a reader is on its own, as docs/checkpoint.md says
@@ -155,7 +155,7 @@ def discard(folder: Path) -> None:
     _require_own(folder)
     _unlink_marker(folder)
     with contextlib.suppress(FileNotFoundError):  # an older owner removes its own leftovers too
-        shutil.rmtree(folder)
+        retrying(lambda: shutil.rmtree(folder), what=folder)
 
 
 def _unlink_marker(folder: Path) -> None:

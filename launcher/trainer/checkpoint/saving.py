@@ -4,6 +4,9 @@ Runs in a background thread and never touches torch.distributed. In the folder o
 then `rank-k.done` (what the manifest must say of it); on failure it empties the shard, renames it to `rank-k.failed`,
 which needs no space on a full disk. Rank 0 waits for a verdict of every rank. The others then wait for the marker to
 appear or the folder to go.
+
+A file that storage refuses for a reason that may pass is written anew, a few times (`retrying`). A folder whose fsync
+failed is not asked again: the save has failed, and the next one makes a new folder.
 """
 
 from __future__ import annotations
@@ -13,19 +16,52 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launcher.run.directory import MARKER
-from launcher.run.files import sync_folder, write_atomic
+from launcher.run.files import FULL, is_there, remove, retrying, sync_folder, write_atomic
 from launcher.run.ledger import StaleAttempt
-from launcher.trainer.checkpoint.format import CheckpointError, Snapshot, rank_file, stream_file, write_file
+from launcher.trainer.checkpoint.format import (
+    CheckpointError,
+    FileRecord,
+    Snapshot,
+    rank_file,
+    stream_file,
+    write_file,
+)
 from launcher.trainer.checkpoint.lanes import LanesTaken, check_lanes, lanes_snapshot
 from launcher.trainer.checkpoint.reader import MANIFEST, Manifest, expected_ranges, header_metadata, marker_text
 from launcher.trainer.checkpoint.retention import discard
 
 _DONE, _FAILED = ".done", ".failed"
+
+
+class NoSpace(CheckpointError):
+    """The disk is full, or a quota is used up.
+
+    needs: bytes of the whole checkpoint
+    """
+
+    def __init__(self, text: str, *, needs: int) -> None:
+        super().__init__(text)
+        self.needs = needs
+
+
+class Progress:
+    """What a save is at, and when storage last answered; written by its thread, read by the training loop."""
+
+    def __init__(self) -> None:
+        self.doing, self.since = "", time.monotonic()
+
+    def at(self, doing: str) -> None:
+        """Storage has answered; from now on it is waited for with this."""
+        self.doing = doing
+        self.answered()
+
+    def answered(self) -> None:
+        self.since = time.monotonic()
 
 
 @dataclass(slots=True)
@@ -48,6 +84,19 @@ class Save:
     patience_s: float
     fence: Callable[[], contextlib.AbstractContextManager[None]]
     lanes: LanesTaken | None = None
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why a rank could not write its part.
+
+    full: for want of space; bytes: size of its file
+    """
+
+    reason: str
+    full: bool
+    bytes: int
 
 
 def carry_out(save: Save) -> int:
@@ -58,30 +107,37 @@ def carry_out(save: Save) -> int:
     Raises:
         CheckpointError: it failed here or elsewhere; the folder is gone, or goes when rank 0 learns of it.
     """
-    size, reason = _write_own(save)
+    size, failure = _write_own(save)
     if save.rank == 0:
-        _conclude(save, reason)
+        _conclude(save, failure)
     else:
-        if reason:
-            raise CheckpointError(reason)
+        if failure:
+            raise CheckpointError(failure.reason)
         _await_conclusion(save)
     return size
 
 
-def _write_own(save: Save) -> tuple[int, str | None]:
+def _write_own(save: Save) -> tuple[int, _Failure | None]:
     path = save.folder / rank_file(save.rank)
     try:
-        record = write_file(path, save.snapshot)
+        record = _write(save, path, save.snapshot)
         verdict = {**asdict(record), "elements": save.snapshot.elements, "stream": _write_lanes(save)}
-        temporary = path.with_suffix(".done-tmp")
-        temporary.write_text(json.dumps(verdict))
-        temporary.rename(path.with_suffix(_DONE))
+        save.progress.at(f"leaving word of {path.name}")
+        word = path.with_suffix(_DONE)
+        retrying(lambda: write_atomic(word, json.dumps(verdict), durable=False), what=word)
     except Exception as error:  # whatever it was, rank 0 must hear of it
         what = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
-        reason = f"rank {save.rank}: {path.name}: {what}"
-        _report_failure(save, path, reason)
-        return 0, reason
+        full = isinstance(error, OSError) and error.errno in FULL
+        failure = _Failure(f"rank {save.rank}: {path.name}: {what}", full, save.snapshot.size)
+        _report_failure(save, path, failure)
+        return 0, failure
     return record.bytes, None
+
+
+def _write(save: Save, path: Path, snapshot: Snapshot) -> FileRecord:
+    """Each try makes a new file: after a failed fsync nobody knows what of the old one reached the disk."""
+    save.progress.at(f"writing {path.name}")
+    return retrying(lambda: write_file(path, snapshot, wrote=save.progress.answered), what=path)
 
 
 def _write_lanes(save: Save) -> dict[str, Any] | None:
@@ -90,17 +146,19 @@ def _write_lanes(save: Save) -> dict[str, Any] | None:
     if not lanes:
         return None
     snapshot = lanes_snapshot(lanes, header_metadata(save.manifest, save.rank))
-    record = write_file(save.folder / stream_file(save.rank), snapshot)
+    record = _write(save, save.folder / stream_file(save.rank), snapshot)
     return {**asdict(record), "rank": save.rank, "lanes": sorted(lanes)}
 
 
-def _report_failure(save: Save, path: Path, reason: str) -> None:
+def _report_failure(save: Save, path: Path, failure: _Failure) -> None:
     """Turn the shard into the verdict: emptying and renaming need no space; the reason is written if there is some."""
     deadline = time.monotonic() + save.patience_s
-    while save.folder.exists():
+    while True:
         try:
+            if not is_there(save.folder):
+                return
             with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
-                file.write(reason.encode())
+                file.write(json.dumps(asdict(failure)).encode())
             path.rename(path.with_suffix(_FAILED))
             return
         except OSError:  # not even a name fits; peers that fail too will make room
@@ -109,41 +167,101 @@ def _report_failure(save: Save, path: Path, reason: str) -> None:
             time.sleep(0.2)
 
 
-def _conclude(save: Save, reason: str | None) -> None:
+def _conclude(save: Save, failure: _Failure | None) -> None:
     try:
-        verdicts = _gather(save)
-        failures = [reason] if reason else []
-        failures += [verdict for rank, verdict in sorted(verdicts.items()) if isinstance(verdict, str) and rank != 0]
-        if failures:
-            raise CheckpointError("; ".join(failures))
+        verdicts = _gather(save, {0: failure} if failure else {})
+        if failures := [verdict for _, verdict in sorted(verdicts.items()) if isinstance(verdict, _Failure)]:
+            raise _refusal(save, failures, sum(_bytes(verdict) for verdict in verdicts.values()))
         _commit(save, [verdicts[rank] for rank in range(save.world_size)])
     except (CheckpointError, StaleAttempt, OSError) as error:
-        with contextlib.suppress(OSError):
-            discard(save.folder)
+        _give_up(save)
         if isinstance(error, OSError):
-            raise CheckpointError(f"rank 0: {Path(str(error.filename or MANIFEST)).name}: {error.strerror}") from error
-        raise CheckpointError(str(error)) from error
+            name = Path(str(error.filename or MANIFEST)).name
+            error = CheckpointError(f"rank 0: {name}: {error.strerror or error}")
+        if isinstance(error, NoSpace):
+            error = NoSpace(f"{error}{_space(save.folder.parent, error.needs)}", needs=error.needs)
+        raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from error
 
 
-def _gather(save: Save) -> dict[int, Any]:
-    """{rank: what its file is, or why it failed} once every rank has said so."""
-    verdicts: dict[int, Any] = {}
-    waiting = _Patience(save.patience_s)
+def _refusal(save: Save, failures: list[_Failure], needs: int) -> CheckpointError:
+    reasons = "; ".join(failure.reason for failure in failures)
+    return NoSpace(reasons, needs=needs) if any(failure.full for failure in failures) else CheckpointError(reasons)
+
+
+def _bytes(verdict: _Failure | dict[str, Any]) -> int:
+    if isinstance(verdict, _Failure):
+        return verdict.bytes
+    stream = verdict["stream"]
+    return int(verdict["bytes"]) + (int(stream["bytes"]) if stream else 0)
+
+
+def _space(folder: Path, needs: int) -> str:
+    """How much is needed and free there, as the end of a sentence; empty where the disk does not say."""
+    free = free_bytes(folder)
+    return "" if free is None else f" (the checkpoint needs {_amount(needs)}, {_amount(free)} are free)"
+
+
+def free_bytes(folder: Path) -> int | None:
+    """What may still be written in a folder; None where that cannot be found out."""
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return None
+    return status.f_bavail * status.f_frsize
+
+
+def _amount(num_bytes: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
+
+
+def _give_up(save: Save) -> None:
+    """Remove the folder, which frees the space; one that cannot be removed holds a word for the others."""
+    own = save.folder / rank_file(0)
+    try:
+        discard(save.folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            if not is_there(save.folder / MARKER):
+                own.rename(own.with_suffix(_FAILED))
+
+
+def _gather(save: Save, verdicts: dict[int, Any]) -> dict[int, Any]:
+    """{rank: what its file is, or why it failed} once every rank has said so; `verdicts`: those known already."""
+    waiting, waiting_for = _Patience(save.patience_s), None
     while True:
-        for path in save.folder.iterdir():
+        for name in retrying(lambda: os.listdir(save.folder), what=save.folder):
+            path = save.folder / name
             rank = int(path.stem.removeprefix("rank-")) if path.suffix in (_DONE, _FAILED) else -1
             if rank >= 0 and rank not in verdicts:
-                text = path.read_text()
-                verdicts[rank] = json.loads(text) if path.suffix == _DONE else text or f"rank {rank}: the disk is full"
+                verdicts[rank] = _verdict(path, rank, save.snapshot.size)
         if len(verdicts) == save.world_size:
             return verdicts
+        missing = sorted(set(range(save.world_size)) - set(verdicts))
+        if missing != waiting_for:
+            waiting_for = missing
+            save.progress.at(f"waiting for the files of ranks {missing}")
         if not waiting.on():
-            missing = sorted(set(range(save.world_size)) - set(verdicts))
             raise CheckpointError(f"no word from ranks {missing} within {save.patience_s:g} s")
 
 
+def _verdict(path: Path, rank: int, size: int) -> dict[str, Any] | _Failure:
+    """What a rank left; `size`: of a file for which there was not even space to say how large it is."""
+    text = retrying(path.read_text, what=path)
+    if path.suffix == _DONE:
+        values: dict[str, Any] = json.loads(text)
+        return values
+    try:
+        return _Failure(**json.loads(text))
+    except ValueError:
+        return _Failure(f"rank {rank}: the disk is full", True, size)
+
+
 def _commit(save: Save, verdicts: list[dict[str, Any]]) -> None:
-    """Manifest, then the marker, each durable before the next; the verdict files go first."""
+    """Names of files, manifest, name of the folder, marker, each durable before the next; verdict files go first."""
     folder, manifest = save.folder, save.manifest
     elements: dict[str, int] = {}
     for verdict in verdicts:
@@ -154,13 +272,15 @@ def _commit(save: Save, verdicts: list[dict[str, Any]]) -> None:
         manifest = {**manifest, "stream": streams}
     manifest = {**manifest, "kinds": sorted(elements), "files": verdicts}
     _check_count(manifest, elements)
-    for path in folder.iterdir():
-        if path.suffix == _DONE:
-            path.unlink()
+    save.progress.at(f"writing {MANIFEST}")
+    for name in retrying(lambda: os.listdir(folder), what=folder):
+        if name.endswith(_DONE):
+            remove(folder / name)
+    sync_folder(folder)
     text = json.dumps(manifest, indent=1)
     write_atomic(folder / MANIFEST, text)
-    sync_folder(folder)
     sync_folder(folder.parent)
+    save.progress.at(f"writing {MARKER}")
     with save.fence():
         write_atomic(folder / MARKER, marker_text(text.encode()))
 
@@ -176,8 +296,10 @@ def _check_count(manifest: Manifest, elements: dict[str, int]) -> None:
 
 def _await_conclusion(save: Save) -> None:
     waiting = _Patience(2 * save.patience_s)
-    while not (save.folder / MARKER).exists():
-        if not save.folder.exists():
+    given_up = (save.folder / rank_file(0)).with_suffix(_FAILED)
+    save.progress.at("waiting for rank 0")
+    while not is_there(save.folder / MARKER):
+        if is_there(given_up) or not is_there(save.folder):
             raise CheckpointError("another rank failed; rank 0 has the reason")
         if not waiting.on():
             raise CheckpointError(f"rank 0 neither committed nor gave up within {2 * save.patience_s:g} s")
@@ -204,7 +326,11 @@ def make_folder(folder: Path) -> None:
     Raises:
         OSError: it cannot be made.
     """
-    if folder.exists():
-        discard(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    os.mkdir(folder)
+
+    def make() -> None:
+        if is_there(folder):
+            discard(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.mkdir(folder)
+
+    retrying(make, what=folder)

@@ -23,6 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from launcher.run.directory import MARKER, parse_checkpoint_name
+from launcher.run.files import retrying
 
 MANIFEST, VERSION = "manifest.json", 1
 CHUNK = 1 << 24  # bytes read or written, and hashed, at a time
@@ -101,9 +102,12 @@ def read_manifest(folder: Path, *, run_id: str | None = None) -> Manifest:
 
 
 def _read(folder: Path, name: str) -> bytes:
-    try:
+    def read() -> bytes:
         with open_plain(folder / name) as file:
             return file.read()
+
+    try:
+        return retrying(read, what=folder / name)
     except OSError as error:
         raise CheckpointError(f"{folder.name}: {name}: {why(error)}") from error
 
@@ -136,14 +140,19 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
         OSError: it cannot be read.
         ValueError: it does not begin with a header.
     """
-    with open_plain(path) as file:
-        length_bytes = file.read(8)
-        if len(length_bytes) < 8:
-            raise ValueError("no header")
-        (length,) = struct.unpack("<Q", length_bytes)
-        if length > os.fstat(file.fileno()).st_size:
-            raise ValueError("no header")
-        header = json.loads(file.read(length))
+
+    def read() -> tuple[bytes, int]:
+        with open_plain(path) as file:
+            length_bytes = file.read(8)
+            if len(length_bytes) < 8:
+                raise ValueError("no header")
+            (length,) = struct.unpack("<Q", length_bytes)
+            if length > os.fstat(file.fileno()).st_size:
+                raise ValueError("no header")
+            return file.read(length), length
+
+    text, length = retrying(read, what=path)
+    header = json.loads(text)
     if not isinstance(header, dict):
         raise ValueError("no header")
     metadata = header.pop("__metadata__", {})
@@ -170,24 +179,29 @@ def verify_files(folder: Path, manifest: Manifest, numbers: Iterable[int]) -> li
 
 
 def _verify_file(folder: Path, manifest: Manifest, record: dict[str, Any]) -> str | None:
-    rank = record["rank"]
-    path, digest, size = folder / record["file"], xxhash.xxh3_128(), 0
-    buffer = memoryview(bytearray(CHUNK))
+    rank, path = record["rank"], folder / record["file"]
     try:
-        with open_plain(path) as file:  # not mapped: a bad disk then raises, and does not kill the process
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
-                size += count
+        size, digest = retrying(lambda: _hash(path), what=path)
     except OSError as error:
         return f"{folder.name}/{path.name}: {why(error)}"
-    if size == record["bytes"] and digest.hexdigest() == record["xxh3_128"]:
+    if size == record["bytes"] and digest == record["xxh3_128"]:
         return None
     if other := _other_owner(path, manifest, rank):
         return f"{folder.name}/{path.name}: is {other}"
     if size != record["bytes"]:
         return f"{folder.name}/{path.name}: {size} bytes, the manifest says {record['bytes']}"
-    hashes = f"xxh3-128 {digest.hexdigest()}, the manifest says {record['xxh3_128']}"
+    hashes = f"xxh3-128 {digest}, the manifest says {record['xxh3_128']}"
     return f"{folder.name}/{path.name}: its content has changed ({hashes})"
+
+
+def _hash(path: Path) -> tuple[int, str]:
+    """(bytes, xxh3-128) of a file."""
+    digest, size, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(CHUNK))
+    with open_plain(path) as file:  # not mapped: a bad disk then raises, and does not kill the process
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return size, digest.hexdigest()
 
 
 def _other_owner(path: Path, manifest: Manifest, rank: int) -> str | None:

@@ -69,8 +69,8 @@ def test_a_copy_in_the_buffer_and_the_live_state_give_the_same_bytes(tmp_path: P
 
 def test_the_host_buffer_is_kept_from_save_to_save():
     engine, buffer = rigs.FlatEngine(rigs.OddShapes()), HostBuffer()
-    first = take_snapshot(engine.pieces(), {}, buffer).ranges[0]
-    second = take_snapshot(engine.pieces(), {}, buffer).ranges[0]
+    (first,) = take_snapshot(engine.pieces(), {}, buffer).ranges()
+    (second,) = take_snapshot(engine.pieces(), {}, buffer).ranges()
     assert first.data_ptr() == second.data_ptr()
 
 

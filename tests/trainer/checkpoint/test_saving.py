@@ -100,16 +100,16 @@ def test_L7_all_else_is_durable_before_the_marker_appears(tmp_path, monkeypatch)
 def test_L7_marker_is_absent_and_the_folder_gone_when_one_rank_fails_to_write(tmp_path, monkeypatch):
     write_file = saving.write_file
 
-    def fails_on_rank_2(path, snapshot):
+    def fails_on_rank_2(path, snapshot, **more):
         if path.name == rank_file(2):
             path.write_bytes(b"half of it")
-            raise OSError(5, "Input/output error")
-        return write_file(path, snapshot)
+            raise OSError(30, "Read-only file system")
+        return write_file(path, snapshot, **more)
 
     monkeypatch.setattr(saving, "write_file", fails_on_rank_2)
     run, attempt = rigs.begin(tmp_path)
     reasons = rigs.save_with_ranks(run, attempt, 7, [rigs.OddShapes()] * 3)
-    told = f"rank 2: {rank_file(2)}: Input/output error"
+    told = f"rank 2: {rank_file(2)}: Read-only file system"
     assert reasons == [told, "another rank failed; rank 0 has the reason", told]
     assert names(run.checkpoints) == []
     assert ledger.valid_checkpoints(run) == []
@@ -126,7 +126,11 @@ def test_L7_a_full_disk_fails_one_save_and_the_next_succeeds_once_there_is_room(
     manager.save(2, engine, {"step": 2})
     status = manager.wait()
     assert (status.state, status.step) == ("failed", 2)
-    assert status.reason == f"rank 0: {rank_file(0)}: No space left on device"
+    size = (folder := run.checkpoint(1, attempt) / rank_file(0)).stat().st_size
+    assert status.needs == size, folder
+    said = f"rank 0: {rank_file(0)}: No space left on device (the checkpoint needs {size / 1024:.1f} KiB, "
+    assert status.reason.startswith(said)
+    assert status.reason.endswith(" KiB are free)")
     assert [ref.step for ref in ledger.valid_checkpoints(run)] == [1]
     assert names(run.checkpoints) == ["step-00000001-a1"]
     assert free_bytes(small_disk) >= DISK // 8 - 8192, "what the failed save had written was not freed"
@@ -157,7 +161,7 @@ def test_L7_a_disk_without_a_free_byte_fails_the_save_and_not_the_run(small_disk
     manager.save(1, engine, {})
     assert "No space left on device" in str(manager.wait().reason)
     reasons = rigs.save_with_ranks(run, attempt, 1, [torch.nn.Linear(9, 9)] * 3)
-    assert reasons[0].endswith("No space left on device; rank 1: the disk is full; rank 2: the disk is full")
+    assert "No space left on device; rank 1: the disk is full; rank 2: the disk is full (the che" in reasons[0]
     assert names(run.checkpoints) == []
     (small_disk / "ballast").unlink()
     rigs.saved(manager, 1, engine)
@@ -189,7 +193,9 @@ def test_L7_a_file_larger_than_the_quota_fails_the_save_and_not_the_run(tmp_path
 
 def test_a_silent_peer_is_named_and_the_save_given_up(tmp_path, monkeypatch):
     write_own = saving._write_own
-    monkeypatch.setattr(saving, "_write_own", lambda save: write_own(save) if save.rank != 1 else (0, "died"))
+    monkeypatch.setattr(
+        saving, "_write_own", lambda save: write_own(save) if save.rank != 1 else (0, saving._Failure("died", False, 0))
+    )
     run, attempt = rigs.begin(tmp_path)
     reasons = rigs.save_with_ranks(run, attempt, 1, [rigs.OddShapes()] * 3, patience_s=0.2)
     assert reasons[0] == "no word from ranks [1] within 0.2 s"
