@@ -10,7 +10,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from launcher import __version__
 from launcher.run.directory import MARKER, RunDirectory, parse_checkpoint_name
-from launcher.run.files import append_line, read_lines, write_atomic
+from launcher.run.files import append_line, is_there, list_folder, read_lines, remove, retrying, write_atomic
 
 LOCK_WAIT_S = 5.0
 _LOCK_PAUSE_S = 0.01
@@ -124,7 +124,7 @@ def start_attempt(
             "host": socket.gethostname(), "pid": os.getpid(), "launcher_version": __version__,
         }  # fmt: skip
         append_line(run.ledger_file, line)
-        (run.control / "verdict").unlink(missing_ok=True)
+        remove(run.control / "verdict")
     return number
 
 
@@ -160,6 +160,24 @@ def end_attempt(
         append_line(run.ledger_file, line)
 
 
+def record_changes(
+    run: RunDirectory, changes: Sequence[dict[str, Any]], *, step: int | None, forced: Sequence[str]
+) -> None:
+    """Write down what a run goes on with that was another before; the attempts that follow are with it.
+
+    Args:
+        changes: what, old, new and effect of each
+        step: of the newest checkpoint, None where there is none
+        forced: what of them makes it another run, and was forced
+    """
+    with ledger_lock(run):
+        line = {
+            "kind": "change", "step": step, "changes": list(changes), "forced": list(forced), "time": time.time(),
+            "host": socket.gethostname(), "launcher_version": __version__,
+        }  # fmt: skip
+        append_line(run.ledger_file, line)
+
+
 def attempts(run: RunDirectory) -> list[Attempt]:
     """All attempts by number. Unknown fields and kinds of lines, of a later version, are passed over."""
     starts: dict[int, dict[str, Any]] = {}
@@ -181,7 +199,7 @@ def latest_attempt(run: RunDirectory) -> int:
 
 def valid_checkpoints(run: RunDirectory) -> list[CheckpointRef]:
     """The checkpoints that count, ascending by (step, attempt)."""
-    return [ref for ref in counting(run, (path.name for *_, path in _folders(run))) if (ref.path / MARKER).exists()]
+    return [ref for ref in counting(run, (path.name for *_, path in _folders(run))) if is_there(ref.path / MARKER)]
 
 
 def counting(run: RunDirectory, names: Iterable[str]) -> list[CheckpointRef]:
@@ -221,7 +239,7 @@ def ledger_lock(run: RunDirectory, *, wait_s: float = LOCK_WAIT_S) -> Iterator[N
     run.control.mkdir(parents=True, exist_ok=True)
     path = run.control / "ledger.lock"
     deadline = time.monotonic() + wait_s
-    while (handle := _try_lock(path)) is None:
+    while (handle := retrying(lambda: _try_lock(path), what=path)) is None:
         if time.monotonic() >= deadline:
             write_atomic(path, b"", durable=False)
             deadline = time.monotonic() + wait_s
@@ -249,11 +267,7 @@ def _try_lock(path: Path) -> int | None:
 
 def _folders(run: RunDirectory) -> list[tuple[int, int, Path]]:
     """(step, attempt, path) of everything below checkpoints/ that is named like one."""
-    try:
-        names: Sequence[str] = os.listdir(run.checkpoints)
-    except FileNotFoundError:
-        return []
-    parsed = ((parse_checkpoint_name(name), run.checkpoints / name) for name in names)
+    parsed = ((parse_checkpoint_name(name), run.checkpoints / name) for name in list_folder(run.checkpoints))
     return [(*key, path) for key, path in parsed if key]
 
 
