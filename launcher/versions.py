@@ -31,6 +31,16 @@ def installed() -> dict[str, str | None]:
     }
 
 
+def of_training() -> dict[str, str | None]:
+    """Versions of what does the arithmetic, which a checkpoint's manifest keeps; read in milliseconds."""
+    packages = ("torch", "transformers", "deepspeed", "peft")
+    return {
+        "launcher": __version__,
+        "python": platform.python_version(),
+        **{name: of_package(name) for name in packages},
+    }
+
+
 def of_package(name: str) -> str | None:
     """The version that its metadata tell; None where it is not installed."""
     try:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from math import isclose
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.jobs.changes import PLACE, Change, changes, identity
+from launcher.jobs.changes import LENGTH, PLACE, VERSIONS, Change, changes, identity
+from launcher.jobs.contents import changed_contents, remember
 from launcher.jobs.preparation import agrees, total_steps
 from launcher.plan import Plan
 from launcher.plan.batch import empty_slots
+from launcher.plan.schedule import jump, learning_rate
 from launcher.recipe.check import Rule, load
-from launcher.recipe.schema import Recipe, to_dict
+from launcher.recipe.schema import Optimizer, Recipe, to_dict
 from launcher.run.data import require_current
 from launcher.run.directory import RunDirectory
+from launcher.run.files import read_json
 from launcher.run.lease import Lease, Submission, hold_lease
-from launcher.run.ledger import CheckpointRef, latest_attempt, valid_checkpoints
+from launcher.run.ledger import CheckpointRef, latest_attempt, record_changes, valid_checkpoints
 from launcher.run.state import reached_end
+from launcher.versions import of_training
 
 Say = Callable[[str], None]
 
@@ -64,6 +70,7 @@ def open_run(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say:
     else:
         values = to_dict(recipe)
         run.create(values, plan.to_dict(), identity(values))
+        remember(run, recipe)
     _say_empty_slots(plan, say)
     return found
 
@@ -80,21 +87,68 @@ def _say_empty_slots(plan: Plan, say: Say) -> None:
 
 def _go_on(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say: Say) -> list[Change]:
     found = changes(run.read_recipe(), to_dict(recipe))
-    if newest := next(reversed(valid_checkpoints(run)), None):
+    newest = next(reversed(valid_checkpoints(run)), None)
+    step = newest.step if newest else 0
+    rate = ""
+    if newest:
         _require_fit(run, recipe, found, newest)
-    breaking = [change for change in found if change.breaks_identity]
+        rate = _require_rate(run, recipe, found, newest)
+    listed = [*found, *changed_contents(run, recipe), *(_surroundings(newest) if newest else ())]
+    breaking = [change for change in listed if change.breaks_identity]
     if breaking and not force:
-        listed = "\n".join(f"  {change}" for change in breaking)
+        lines = "\n".join(f"  {change.line(step)}" for change in breaking)
         fix = "Give the new run another run.name, or go on with --force."
-        raise UserError(f"{run.path} is another run:\n{listed}\n{fix}")
-    for change in found:
-        say(f"changed {change}")
+        raise UserError(f"{run.path} is another run:\n{lines}\n{fix}")
+    for change in listed:
+        say(f"changed {change.line(step)}")
+    if rate:
+        say(rate)
     if breaking or force:
         run.data_file.unlink(missing_ok=True)
     if found:
         run.write_recipe(to_dict(recipe))
         run.write_plan(plan.to_dict())
+    if listed:
+        forced = [change.key for change in breaking]
+        told = [{"what": c.key, "old": c.old, "new": c.new, "effect": c.effect(step)} for c in listed]
+        record_changes(run, told, step=step if newest else None, forced=forced)
+        remember(run, recipe)
     return found
+
+
+def _require_rate(run: RunDirectory, recipe: Recipe, found: Sequence[Change], newest: CheckpointRef) -> str:
+    """What the changes do to the learning rate of the next step, in words; empty where that stays.
+
+    Raises:
+        UserError: another length of the run moves it, and the recipe does not say whether that is meant.
+    """
+    old = Optimizer(**run.read_recipe()["optimizer"])
+    before = _schedule_steps(run, newest) or old.schedule_steps or (read_json(run.data_file) or {}).get("total_steps")
+    other_rows = any(change.breaks_identity for change in found)  # how many is known when they are prepared
+    after = recipe.train.max_steps if other_rows else total_steps(run, recipe)
+    if before is None or after is None:
+        return ""
+    if moved := jump(recipe.optimizer, newest.step, old_steps=before, new_steps=after):
+        causes = [str(change) for change in found if change.key in LENGTH]
+        raise UserError(moved.choice("; ".join(causes) or f"steps of the run: {before} -> {after}"))
+    was = learning_rate(replace(old, schedule_steps=None), newest.step, before)
+    rate = learning_rate(recipe.optimizer, newest.step, after)
+    same = isclose(was, rate, rel_tol=1e-9)
+    return "" if same else f"learning rate of step {newest.step + 1}: {was:.6g} -> {rate:.6g}"
+
+
+def _schedule_steps(run: RunDirectory, newest: CheckpointRef) -> int | None:
+    """Over how many steps the learning rate of the checkpoint was laid; None where it does not say."""
+    return (read_json(newest.path / "manifest.json") or {}).get("schedule_steps")
+
+
+def _surroundings(newest: CheckpointRef) -> Iterator[Change]:
+    """Versions that are others here than where the checkpoint was written."""
+    then = (read_json(newest.path / "manifest.json") or {}).get("versions") or {}
+    now = of_training()
+    for name, version in then.items():
+        if version and now.get(name) and version != now[name]:
+            yield Change(f"version of {name}", version, now[name], VERSIONS)
 
 
 def _require_current_data(run: RunDirectory, recipe: Recipe, *, force: bool) -> None:
@@ -106,7 +160,7 @@ def _require_current_data(run: RunDirectory, recipe: Recipe, *, force: bool) -> 
 def _require_fit(run: RunDirectory, recipe: Recipe, found: Sequence[Change], newest: CheckpointRef) -> None:
     """Raises UserError where the newest checkpoint cannot go on with the recipe: other weights, or an end before it."""
     if unfit := [change for change in found if change.breaks_checkpoints]:
-        listed = "\n".join(f"  {change}" for change in unfit)
+        listed = "\n".join(f"  {change.line(newest.step)}" for change in unfit)
         raise UserError(
             f"{run.path} has checkpoints of another model, which cannot go on with this one:\n{listed}\n"
             "Start another run: launcher run with run.name=..."

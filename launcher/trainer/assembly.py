@@ -17,9 +17,11 @@ from launcher.data.order import USUAL_COST
 from launcher.data.store import Store
 from launcher.errors import UserError
 from launcher.plan import row_cost
+from launcher.plan.schedule import jump
 from launcher.run.data import require_current
 from launcher.run.left_out import LeftOut, left_out
 from launcher.trainer import engines, frozen, model, objectives
+from launcher.trainer.checkpoint.reader import read_manifest
 from launcher.trainer.guards import Guards
 from launcher.trainer.launch_check import other_precision
 from launcher.trainer.loop import Training
@@ -33,6 +35,7 @@ from launcher.trainer.rows import Prefetch
 from launcher.trainer.saving import Saver
 from launcher.trainer.stream import open_stream
 from launcher.trainer.trackers import open_trackers
+from launcher.versions import of_training
 
 if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
@@ -67,7 +70,8 @@ def assemble(
         keep_every_steps=recipe.checkpoint.keep_every_steps, asynchronous=recipe.checkpoint.async_save,
         meta={
             "run_id": run.read_json("run.json")["run_id"], "engine": recipe.strategy.kind,
-            "optimizer": recipe.optimizer.kind,
+            "optimizer": recipe.optimizer.kind, "versions": of_training(),
+            "schedule_steps": recipe.optimizer.schedule_steps or int(data["total_steps"]),
         },
     )  # fmt: skip
     given = frozen.frozen_names(engine.module) if fill == "frozen" else set()
@@ -79,6 +83,8 @@ def assemble(
     if state is not None:
         engine.load_trainer_state(state)
     step = int(state["step"]) if state else 0
+    if manager.loaded is not None:
+        _require_rate(recipe, run.checkpoints / manager.loaded, step=step, total_steps=int(data["total_steps"]))
     prove_isolation(engine, backend=backend, vocab_size=data["vocab_size"], compiled=recipe.model.compile)
     if ranks.rank == 0:
         print(f"{'resumed at' if state else 'begins at'} step {step} of {data['total_steps']}", flush=True)
@@ -101,6 +107,13 @@ def assemble(
         left_out=_left_out(run, ranks=ranks, step=step),
         stop_asked=stop_asked, total_steps=int(data["total_steps"]), step=step,
     )  # fmt: skip
+
+
+def _require_rate(recipe: Recipe, checkpoint: Path, *, step: int, total_steps: int) -> None:
+    """Raises UserError where the rate would jump unsaid; the launcher asks before, wherever it knows the lengths."""
+    before = read_manifest(checkpoint).get("schedule_steps")
+    if before is not None and (moved := jump(recipe.optimizer, step, old_steps=before, new_steps=total_steps)):
+        raise UserError(moved.choice(f"steps of the run: {before} -> {total_steps}"))
 
 
 def _rehearse(run: RunDirectory, manager: CheckpointManager, engine: Any, rows: Prefetch) -> None:

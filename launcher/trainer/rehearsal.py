@@ -146,7 +146,7 @@ def _words(run: RunDirectory, problem: str, total: int) -> Exception:
     fix = {
         errno.ENOSPC: f"It takes {size_text(total)}, {_free(run)} are free, and the one before stays until the next is "
         "whole. Free space, or choose another run.dir.",
-        errno.EDQUOT: f"It takes {size_text(total)}. Free some of your quota, have it raised, or choose another run.dir.",
+        errno.EDQUOT: f"It takes {size_text(total)}. Free some of your quota, have it raised, or set another run.dir.",
         errno.EFBIG: "The limit on the size of a file is lower than that (`ulimit -f`). Raise it.",
         errno.EROFS: "Its file system is mounted read-only. Mount it for writing, or choose another run.dir.",
         errno.EACCES: "Give this user the right to write there, or choose another run.dir.",

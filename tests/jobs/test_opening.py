@@ -10,7 +10,7 @@ from launcher.errors import UserError
 from launcher.jobs.changes import identity
 from launcher.jobs.opening import open_run, stored_recipe
 from launcher.plan import make_plan
-from launcher.recipe.schema import Adapter, Data, Model, Recipe, Source, Train, to_dict
+from launcher.recipe.schema import Adapter, Data, Model, Optimizer, Recipe, Source, Train, to_dict
 from launcher.run.data import VERSION
 from launcher.run.directory import MARKER, RunDirectory
 from launcher.run.ledger import start_attempt
@@ -26,6 +26,7 @@ def recipe(*, config: dict | None = None, adapter: Adapter | None = None, **trai
         model=Model(config={**CONFIG, **(config or {})}, tokenizer="t"),
         data=Data(train=[Source(path="a.jsonl")], seq_len=32),
         train=Train(global_batch_size=4, **{"max_steps": 9, **train}),
+        optimizer=Optimizer(schedule="constant"),
     )
 
 
