@@ -29,6 +29,7 @@ from launcher.jobs.signals import Signals
 from launcher.jobs.spec import stop_after_s
 from launcher.jobs.supervisor import begin, conclude, failed_somewhere, pass_on_stop, prepared, tell, ticks, written
 from launcher.plan import Plan, make_plan
+from launcher.recipe.elastic import on_nodes
 from launcher.recipe.schema import Recipe
 from launcher.run.control import read_outcomes
 from launcher.run.directory import RunDirectory
@@ -40,15 +41,24 @@ _KILL_AFTER_S = 30.0
 
 
 def watch_over(
-    command: Sequence[str], run: RunDirectory, recipe: Recipe, *, submission: Submission | None, console: Console
+    command: Sequence[str],
+    run: RunDirectory,
+    recipe: Recipe,
+    *,
+    nodes: int,
+    submission: Submission | None,
+    console: Console,
 ) -> Ending:
     """Hold the lease, prepare the data, run the command as one attempt and say how it ended.
+
+    nodes: on which the command starts ranks, where the recipe leaves room (`cluster.min_nodes`)
 
     Raises:
         UserError: whatever is wrong before the command starts, and an attempt that ended for such a reason.
     """
     started = time.monotonic()
-    plan = make_plan(recipe)
+    here = on_nodes(recipe, nodes)
+    plan = make_plan(here)
     with Signals() as signals:
         evaluate_setup(recipe.cluster.setup)
         require_train_extra()
@@ -57,8 +67,8 @@ def watch_over(
             raise UserError(f"-- {command[0]}: expected a command that starts the ranks, PATH has none of that name.")
         with owned(run, submission, console.say):
             with written(run):
-                open_run(run, recipe, plan, force=False, say=console.say)
-                attempt = begin(run, recipe, plan, reason=start_reason(submission), submission=submission)
+                open_run(run, recipe, make_plan(recipe), force=False, say=console.say)
+                attempt = begin(run, here, plan, reason=start_reason(submission), submission=submission)
             if (ending := restart.refusal(run, attempt)) is None:
                 if not is_prepared(run, recipe):
                     warm.start(recipe.strategy.kind, "cpu")

@@ -157,6 +157,7 @@ class Meeting:
     def announce(self, attempt: int, token: str, ending: Ending | None) -> None:
         """On node 0: tell the others which attempt this is and whose, or how it ended already."""
         self.attempt = attempt
+        self._watch.begin(attempt)
         self._store.set(_key("attempt"), json.dumps([attempt, token, self.members, _brief(ending)]))
 
     def announced(self, say: Say = lambda text: None) -> tuple[int, str, Ending | None]:
@@ -183,6 +184,7 @@ class Meeting:
                 break
             say(f"attempt {attempt} goes on without this node, which is taken in at its next checkpoint")
         self.attempt = attempt
+        self._watch.begin(attempt)
         self._watch.expect([0], self.names)
         return attempt, token, _full(ending)
 
@@ -309,7 +311,7 @@ class Meeting:
         return died, silent
 
     def conclude(self, ending: Ending, *, wait_s: float = 0.0) -> None:
-        """On node 0: tell the others how the attempt counts; where it is the last, give those that live time to read it.
+        """On node 0: tell the others how the attempt counts; where it is the last, those that live get time to read it.
 
         wait_s: for nodes that have not come yet
         """
@@ -584,6 +586,8 @@ class _Watch:
 
     def __init__(self, store: Any, node: Node, beat: str, signals: Signals) -> None:
         self._store, self._node, self._beat, self._signals = store, node, beat, signals
+        self.word, self.words = "", dict[int, str]()
+        self._attempt = 0
         self._names: dict[int, str] = {0: "?"} if node.rank else {}
         self._members: list[int] = [0] if node.rank else []
         self._seen: dict[int, _Seen] = {}
@@ -602,6 +606,11 @@ class _Watch:
         """Whether the connection to node 0 ended."""
         return self._broken_at is not None
 
+    def begin(self, attempt: int) -> None:
+        """What was told in the attempt before does not count any more."""
+        self._attempt, self.word = attempt, ""
+        self.words.clear()
+
     def expect(self, members: Collection[int], names: Mapping[int, str]) -> None:
         """From now on the loss of these nodes counts."""
         self._members, self._names = [rank for rank in members if rank != self._node.rank], dict(names)
@@ -615,7 +624,6 @@ class _Watch:
     def waiting(self, members: Collection[int]) -> dict[int, str]:
         """On node 0: nodes that live and are no members; none while others may be about to come, too."""
         more = {rank: name for rank, name in self.present().items() if rank not in members}
-        more |= {rank: self._seen[rank].name for rank in self._replaced & set(members)}
         complete = len(members) + len(more) == self._node.nodes
         newest = max((self._seen[rank].came for rank in more), default=0.0)
         return more if complete or time.monotonic() - newest >= TOGETHER_S else {}

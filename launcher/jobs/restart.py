@@ -13,12 +13,13 @@ from dataclasses import dataclass, fields, replace
 from launcher.errors import UserError
 from launcher.jobs.ending import Ending
 from launcher.recipe.schema.restart import Restart
-from launcher.run.control import CANCEL, Verdict, clear_stop, stop_reason, stop_requested
+from launcher.run.control import CANCEL, GROW, Verdict, clear_stop, stop_reason, stop_requested
 from launcher.run.directory import RunDirectory, parse_checkpoint_name
 from launcher.run.ledger import Attempt, attempts, latest_attempt, valid_checkpoints
 
 # classes with a key in cluster.restart
 BUDGETS = ("preemption", "node", "communication", "hang", "non_finite", "out_of_memory", "data", "unknown")
+RESIZE = "resize"  # class of an end that was asked for so that other nodes can be taken in; it has no budget
 BY_HAND = "local"  # the target of a start that no scheduler made
 _MENDED = ("user", "data", "out_of_memory", "non_finite")  # a person who starts such a job again has mended it
 _OUTLIVED = ("preemption", "communication", "node", "hang", "unknown")  # what a cancel itself may have caused
@@ -53,14 +54,15 @@ def concluded(run: RunDirectory, attempt: int, ending: Ending, *, within: bool =
     within: the caller can make the next start itself, which it does where the result says `again`
     enough: the nodes that are left are enough for it also after an end of class `node`
     """
-    ending = _cancelled(run, ending)
+    ending = _resized(run, _cancelled(run, ending))
     limits = _limits(run)
     try:
         decision = decide(run, attempt, ending, limits)
     except OSError:  # the ledger cannot be read, so nothing can be counted
         decision = by_class(ending, limits)
     for_scheduler = ending.failure_class == "preemption" or (ending.failure_class == "node" and not enough)
-    again = within and decision.verdict == "requeue" and not for_scheduler and not stop_requested(run)
+    asked = stop_requested(run) and ending.failure_class != RESIZE
+    again = within and decision.verdict == "requeue" and not for_scheduler and not asked
     pause = decision.pause_s if again else 0.0
     return replace(ending, verdict=decision.verdict, why=decision.why, again=again, pause_s=pause)
 
@@ -82,6 +84,8 @@ def by_class(ending: Ending, limits: Restart, starts: Sequence[Start] = ()) -> D
     if ending.for_good:
         return Decision("stop", ending.message)
     kind = ending.failure_class or "unknown"
+    if kind == RESIZE:
+        return Decision("requeue", ending.message)
     if kind not in BUDGETS or (kind == "non_finite" and not ending.rolls_back):
         return Decision("stop", f"{kind}: another start would end the same way")
     starts = starts or (Start(1, kind, silent=False, progress=True),)
@@ -153,6 +157,14 @@ def _cancelled(run: RunDirectory, ending: Ending) -> Ending:
     if reason is None or ending.status == "finished" or by_itself:
         return ending
     return replace(ending, status="cancelled", failure_class="cancelled", message=reason, traceback="")
+
+
+def _resized(run: RunDirectory, ending: Ending) -> Ending:
+    """The ending as it counts where the stop was asked for to go on with more nodes."""
+    reason = stop_reason(run) or ""
+    if ending.status != "preempted" or not reason.startswith(GROW):
+        return ending
+    return replace(ending, failure_class=RESIZE, message=reason)
 
 
 def _cancel_reason(run: RunDirectory) -> str | None:

@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.errors import EXIT_FINISHED, UserError
@@ -33,6 +33,7 @@ from launcher.jobs.targets import render
 from launcher.plan import Plan, make_plan
 from launcher.recipe.schema import Recipe
 from launcher.run.control import (
+    GROW,
     Outcome,
     clear_stop,
     first_failure,
@@ -172,6 +173,7 @@ def begin(
     reason: str,
     submission: Submission | None = None,
     within: bool = False,
+    names: Sequence[str] | None = None,
 ) -> int:
     """Start an attempt in the ledger and keep the job as text beside it; the caller holds the lease.
 
@@ -179,8 +181,10 @@ def begin(
 
     submission: which start of which job this is; None: by hand, on this machine or on several
     within: this process has seen the attempt before end, and starts the next one itself
+    names: of the nodes, where they are known; None: only how many there are
     """
-    nodes = [socket.gethostname()] if plan.nodes == 1 else plan.nodes
+    alone = [socket.gethostname()] if plan.nodes == 1 else None
+    nodes = (list(names) if names else alone) or plan.nodes
     by = submission or Submission(target=restart.BY_HAND, job_id=str(os.getpid()))
     number = by.restart if submission else None
     attempt = start_attempt(
@@ -237,6 +241,10 @@ def supervise(
         console.poll()
         if meeting is None:
             continue
+        if node.rank == 0 and (more := meeting.growth()) is not None:
+            with contextlib.suppress(OSError):
+                request_stop(run, f"{GROW}: {more}")
+            console.say(f"{more} waits to take part: the run writes a checkpoint and goes on with it")
         if (lost := meeting.lost()) is not None and not agent.done():
             _end_ranks(agent, grace_s=0)
             console.close()
@@ -348,6 +356,9 @@ def conclude(run: RunDirectory, attempt: int, ending: Ending, *, within: bool = 
         return replace(ending, again=False)
     if not ending.again:
         _leave(run)
+    elif ending.failure_class == restart.RESIZE:
+        with contextlib.suppress(OSError):
+            clear_stop(run)  # answered
     _tell_lost(run, lost)
     return ending
 

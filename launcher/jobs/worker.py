@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.errors import EXIT_FINISHED, UserError
-from launcher.jobs import meeting, network, preflight, restart, shared
+from launcher.jobs import meeting, network, preflight, restart, shared, warm
 from launcher.jobs.agent import Node
 from launcher.jobs.changes import changes
 from launcher.jobs.command import watch_over
@@ -25,18 +25,23 @@ from launcher.jobs.supervisor import (
     begin,
     conclude,
     is_finished,
+    paused,
     prepared,
     ready_machine,
+    stop_at,
     supervise,
     tell,
+    tell_restart,
     written,
 )
-from launcher.plan import make_plan
+from launcher.plan import Plan, make_plan
+from launcher.plan.elastic import empty
 from launcher.recipe.check import load
+from launcher.recipe.elastic import counts, on_nodes
 from launcher.recipe.schema import Recipe, to_dict
-from launcher.run.control import read_verdict, write_verdict
+from launcher.run.control import GROW, read_verdict, stop_reason, write_verdict
 from launcher.run.directory import RunDirectory
-from launcher.run.lease import LeaseHeld, Submission
+from launcher.run.lease import Lease, LeaseHeld, Submission
 from launcher.run.ledger import attempts
 
 _OLD_COPY_S = 120.0  # for an earlier start of this job, dying on this machine, to leave the port
@@ -47,6 +52,7 @@ _EXCUSE_S = 20.0  # for nodes that are just starting to hear why this one does n
 class Part:
     """What this process is to do.
 
+    node: its place; `node.nodes` can take part in this start of the job, which a scheduler has fixed
     given: the recipe must be that of node 0, because a person wrote it on each node
     force: as of `launcher run`
     """
@@ -58,6 +64,16 @@ class Part:
     reason: str
     given: bool = False
     force: bool = False
+
+    @property
+    def least(self) -> int:
+        """Nodes that suffice for an attempt; a scheduler's start has as many as it was given, and no fewer."""
+        return self.node.nodes if self.submission is not None else min(counts(self.recipe))
+
+    @property
+    def elastic(self) -> bool:
+        """Whether attempts of this start may differ in their nodes."""
+        return self.least < self.node.nodes
 
 
 def work(
@@ -101,16 +117,18 @@ def _work(
     console: Console,
 ) -> int:
     place = find_place(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous, command=bool(command))
-    overrides = [] if place.nodes is None else [f"cluster.nodes={place.nodes}"]
-    recipe = _recipe(run, recipe_file, submission, overrides)
+    recipe = _recipe(run, recipe_file, submission, [])
+    given = recipe.cluster.nodes if place.nodes is None else place.nodes
+    if not (given == recipe.cluster.nodes or (submission is not None and given in counts(recipe))):
+        recipe = _recipe(run, recipe_file, submission, [f"cluster.nodes={given}"])
     if is_finished(run, recipe, console.say):
         return EXIT_FINISHED
     ending: Ending | None
     if command:
-        ending = watch_over(command, run, recipe, submission=submission, console=console)
+        ending = watch_over(command, run, recipe, nodes=given, submission=submission, console=console)
     else:
         again = submission is not None and submission.restart > 0
-        node = find_node(recipe, place, console.say, port_wait_s=_OLD_COPY_S if again else 0.0)
+        node = find_node(on_nodes(recipe, given), place, console.say, port_wait_s=_OLD_COPY_S if again else 0.0)
         reason = start_reason(submission)
         ending = take_part(Part(run=run, recipe=recipe, node=node, submission=submission, reason=reason), console)
     return EXIT_FINISHED if ending is None else ending.worker_exit_code
@@ -207,60 +225,160 @@ def take_part(part: Part, console: Console) -> Ending | None:
 def _lead(
     part: Part, machine: Machine, console: Console, signals: Signals, started: float
 ) -> tuple[int, Ending] | None:
-    run, recipe, node = part.run, part.recipe, part.node
-    plan = make_plan(recipe)
-    with _hosted(node, signals) as others, owned(run, part.submission, console.say):
+    """Node 0: attempt after attempt until one of them is the last; its number and how it ended."""
+    run, recipe, node, reason = part.run, part.recipe, part.node, part.reason
+    with _hosted(node, signals) as others, owned(run, part.submission, console.say) as lease:
         with written(run):
-            open_run(run, recipe, plan, force=part.force, say=console.say)
+            open_run(run, recipe, make_plan(recipe), force=part.force, say=console.say)
             if is_finished(run, recipe, console.say):
                 return None
-            attempt = begin(run, recipe, plan, reason=part.reason, submission=part.submission)
-        ending = restart.refusal(run, attempt) or prepared(run, recipe, console, signals, others)
-        if others is not None:
-            others.announce(attempt, shared.leave_token(run), ending)
-            ending = ending or others.await_all(console.say)
-            others.settle(ending)
-        missing = ending is not None and signals.stop is None  # nodes that may be just starting
-        ending = ending or _preflight(part, attempt, others, console)
-        ending = ending or supervise(
-            run, recipe, plan, attempt, node, machine, console, signals, started=started, meeting=others
-        )
-        ending = conclude(run, attempt, ending)
-        if others is not None:
-            others.conclude(ending, wait_s=_EXCUSE_S if missing else 0.0)
+        within = False
+        while True:
+            too_few = others.gather(part.least, console.say) if others is not None and part.elastic else None
+            here = on_nodes(recipe, len(others.members)) if others is not None else on_nodes(recipe, node.nodes)
+            plan = make_plan(here)
+            names = [others.names[rank] for rank in others.members] if others is not None and part.elastic else None
+            with written(run):
+                attempt = begin(
+                    run, here, plan, reason=reason, submission=part.submission, within=within, names=names
+                )  # fmt: skip
+            ending, missing = _attempt(
+                part, here, plan, attempt, too_few, others, machine, console, signals, started=started
+            )
+            enough = others is not None and part.elastic and others.enough(part.least)
+            alone = (stop_reason(run) or "").startswith(GROW) and not part.elastic  # the scheduler's part
+            ending = conclude(run, attempt, ending, within=not alone, enough=enough)
+            if others is not None:
+                others.conclude(ending, wait_s=_EXCUSE_S if missing else 0.0)
+            if ending.again:
+                ending = _paused(part, attempt, ending, lease, console, signals, started=started)
+                if not ending.again and others is not None:
+                    others.finish(ending)
+            if not ending.again:
+                break
+            warm.start(recipe.strategy.kind, machine.accelerator)
+            within, reason = True, "resized" if ending.failure_class == restart.RESIZE else "restarted"
         if part.submission is None and ending.failure_class == "user":
             discard_if_fresh(run, attempt)
     return attempt, ending
 
 
+def _attempt(
+    part: Part,
+    recipe: Recipe,
+    plan: Plan,
+    attempt: int,
+    failed: Ending | None,
+    others: Meeting | None,
+    machine: Machine,
+    console: Console,
+    signals: Signals,
+    *,
+    started: float,
+) -> tuple[Ending, bool]:
+    """One attempt on node 0: how it ended, and whether nodes may just be starting that have not heard of it.
+
+    failed: how it ended before it began, where too few nodes came
+    """
+    run = part.run
+    ending = failed or restart.refusal(run, attempt) or prepared(run, recipe, console, signals, others)
+    if others is not None:
+        others.announce(attempt, shared.leave_token(run), ending)
+        ending = ending or others.await_all(console.say)
+        others.settle(ending)
+        if part.elastic and ending is None:
+            _say_nodes(part, plan, others, console.say)
+    if ending is not None:
+        return ending, signals.stop is None
+    ending = _preflight(part, recipe, plan, attempt, others, console)
+    node = part.node if others is None else replace(part.node, nodes=len(others.members))
+    return ending or supervise(
+        run, recipe, plan, attempt, node, machine, console, signals, started=started, meeting=others
+    ), False  # fmt: skip
+
+
+def _say_nodes(part: Part, plan: Plan, others: Meeting, say: Callable[[str], None]) -> None:
+    """Who takes part in an elastic job's attempt, and what is left of each step."""
+    names = ", ".join(others.names[rank] for rank in others.members)
+    slots = empty(plan)
+    spare = f"; {slots} slot{'s' * (slots > 1)} of each step of weight 0" if slots else ""
+    say(f"{plan.nodes} of {part.node.nodes} nodes take part ({names}): {plan.world_size} ranks{spare}")
+
+
+def _paused(
+    part: Part, attempt: int, ending: Ending, lease: Lease, console: Console, signals: Signals, *, started: float
+) -> Ending:
+    """Say that the next attempt comes, and wait for its time; the ending without `again` where it is called off."""
+    if ending.failure_class == restart.RESIZE:
+        console.say(f"{ending.message}: attempt {attempt + 1} begins now, at step {ending.step}")
+    else:
+        tell_restart(part.run, attempt, ending, console)
+    return paused(part.run, attempt, ending, lease, signals, deadline=stop_at(part.recipe, started))
+
+
 def _follow(
     part: Part, machine: Machine, console: Console, signals: Signals, started: float
 ) -> tuple[int, Ending] | None:
+    """The others: each attempt that node 0 makes with this node; the last one's number and how it ended."""
     run, node, attempt = part.run, part.node, 0
     others: Meeting | None = None
     try:
         others = meeting.join(node, signals, console.say)
-        attempt, token, ending = others.announced()
-        if ending is None:
-            others.come(shared.problem(run, token) or _differing(part))
-            ending = others.settled()
-        ending = ending or _preflight(part, attempt, others, console)
-        if ending is None:
-            recipe = stored_recipe(run)
-            plan = make_plan(recipe)
-            ending = supervise(
-                run, recipe, plan, attempt, node, machine, console, signals, started=started, meeting=others
-            )
+        while True:
+            attempt, token, ending = others.announced(console.say)
+            if others.over:
+                others.goodbye()
+                return attempt, ending or _without_a_word("node 0 ended before this node could take part")
+            ending = _followed(part, attempt, token, ending, others, machine, console, signals, started=started)
+            said = others.concluded()
+            if said is None or not said.again:
+                break
+            console.say(f"attempt {attempt} ended ({said.failure_class}): {said.message}; node 0 makes another")
+            warm.start(part.recipe.strategy.kind, machine.accelerator)
     except Stopped as stopped:
         if others is not None:
             others.ask_to_stop(str(signals.stop))
         return attempt, Ending(status="preempted", failure_class="preemption", message=str(stopped))
     except Away as away:
         ending = Ending(status="failed", failure_class="communication", message=str(away))
-    said = others.concluded() if others is not None else None
+        said = others.concluded() if others is not None else None
     if said is None and attempt:
         said = restart.concluded(run, attempt, ending)  # node 0 has gone: what it would have said
     return attempt, said or ending
+
+
+def _followed(
+    part: Part,
+    attempt: int,
+    token: str,
+    ending: Ending | None,
+    others: Meeting,
+    machine: Machine,
+    console: Console,
+    signals: Signals,
+    *,
+    started: float,
+) -> Ending:
+    """One attempt on another node than node 0.
+
+    Raises:
+        Away, Stopped: as `Meeting.settled`.
+    """
+    if ending is None:
+        others.come(shared.problem(part.run, token) or _differing(part))
+        ending = others.settled()
+    if ending is not None:
+        return ending
+    recipe = on_nodes(stored_recipe(part.run), len(others.members))
+    plan, node = make_plan(recipe), replace(part.node, nodes=len(others.members))
+    ending = _preflight(part, recipe, plan, attempt, others, console)
+    return ending or supervise(
+        part.run, recipe, plan, attempt, node, machine, console, signals, started=started, meeting=others
+    )
+
+
+def _without_a_word(message: str) -> Ending:
+    return Ending(status="failed", failure_class="communication", message=message)
 
 
 def _recipe(run: RunDirectory, file: Path | None, submission: Submission | None, overrides: Sequence[str]) -> Recipe:
@@ -287,12 +405,13 @@ def _differing(part: Part) -> str:
     return f"node 0 and node {part.node.rank} were given different recipes:\n{listed}" if found else ""
 
 
-def _preflight(part: Part, attempt: int, others: Meeting | None, console: Console) -> Ending | None:
+def _preflight(
+    part: Part, recipe: Recipe, plan: Plan, attempt: int, others: Meeting | None, console: Console
+) -> Ending | None:
     """Examine the nodes side by side; how the attempt ended where they cannot train together."""
-    run, recipe = part.run, stored_recipe(part.run)  # the same on every node
+    run = part.run
     if not recipe.cluster.preflight:
         return None
-    plan = make_plan(recipe)
     try:
         seen = preflight.alone(recipe, plan, run) if others is None else preflight.together(recipe, plan, run, others)
     except Stopped as stopped:

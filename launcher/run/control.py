@@ -21,6 +21,7 @@ FailureClass = Literal[
 ]
 Verdict = Literal["requeue", "stop"]
 CANCEL = "cancel"  # how the reason of a stop request begins that is for good
+GROW = "more nodes"  # the same of one after which the run goes on with them
 _TRACEBACK_CHARACTERS = 8000  # its end is what tells, and it has to fit into the reserve
 CONSEQUENCES = ("communication", "preemption", "unknown", None)  # what ranks say when another one has gone
 
