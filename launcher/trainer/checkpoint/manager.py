@@ -9,16 +9,17 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from launcher.errors import UserError
 from launcher.run import ledger
 from launcher.run.directory import MARKER, RunDirectory
 from launcher.run.files import is_there, retrying
@@ -28,6 +29,7 @@ from launcher.trainer.checkpoint.lanes import LanesTaken, read_lanes
 from launcher.trainer.checkpoint.reader import Reader
 from launcher.trainer.checkpoint.saving import Progress, Save, carry_out, free_bytes, make_folder
 from launcher.trainer.checkpoint.verify import (
+    MANIFEST,
     VERSION,
     CheckpointError,
     Manifest,
@@ -38,6 +40,9 @@ from launcher.trainer.checkpoint.verify import (
     verify_files,
     why,
 )
+
+if TYPE_CHECKING:
+    from launcher.trainer.checkpoint.mirror import Mirror
 
 log = logging.getLogger(__name__)
 
@@ -85,15 +90,18 @@ class CheckpointManager:
         asynchronous: copy into a kept host buffer and write in a thread; else write from the live state and wait
         meta: goes into the manifest: `run_id` (required), and for instance engine, optimizer, fingerprints
         patience_s: how much longer than this rank a peer may take for one save
+        mirror: opens the run's copy elsewhere, from which bad files are replaced; called when there are some
     """
 
     def __init__(
         self, run: RunDirectory, *, attempt: int, rank: int, world_size: int, meta: dict[str, Any], keep_last: int = 2,
         keep_every_steps: int | None = None, asynchronous: bool = True, patience_s: float = 1800.0,
+        mirror: Callable[[], Mirror | None] = lambda: None,
     ) -> None:  # fmt: skip
         self.run, self.attempt, self.rank, self.world_size = run, attempt, rank, world_size
         self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
         self.meta, self.patience_s = meta, patience_s
+        self._mirror = mirror
         self.problems: list[str] = []  # every bad file that `load_latest` met, by name, with the reason
         self.loaded: str | None = None  # name of the checkpoint that was loaded
         self._bad: set[str] = set()
@@ -188,7 +196,7 @@ class CheckpointManager:
             self.problems += problems
             if self.rank == 0:
                 for problem in problems:
-                    log.warning("bad checkpoint: %s", problem)
+                    print(f"warning: bad checkpoint: {problem}", flush=True)
         if self.rank:
             self._release()
         if names and state is None:
@@ -291,16 +299,25 @@ class CheckpointManager:
     def _open(self, folder: Path) -> tuple[Reader | None, list[str]]:
         """A reader, or what is wrong; the same answer on every rank. What is read is held against deletion."""
         self._release()
-        manifest, mine = None, []
+        manifest, mine, told = None, [], []
+        if self._from_rank_0(self._bad_manifest(folder) if self.rank == 0 else None):
+            told = self._from_rank_0(self._heal(folder, None) if self.rank == 0 else None)
         try:
             self._hold = retention.Hold(folder)
             manifest = read_manifest(folder, run_id=self.meta["run_id"])
-            mine = verify_files(folder, manifest, range(self.rank, len(all_files(manifest)), self.world_size))
+            for number in range(self.rank, len(all_files(manifest)), self.world_size):
+                if wrong := verify_files(folder, manifest, [number]):
+                    told += self._heal(folder, all_files(manifest)[number])
+                    mine += wrong if verify_files(folder, manifest, [number]) else []
         except CheckpointError as error:
             mine = [str(error)]
         except OSError as error:
             mine = [f"{folder.name}: {MARKER}: {why(error)}"]
-        problems = sorted({problem for part in self._from_all(mine) for problem in part})
+        said = self._from_all((mine, told))
+        problems = sorted({problem for part, _ in said for problem in part})
+        if self.rank == 0:
+            for line in sorted({line for _, lines in said for line in lines}):
+                print(line, flush=True)
         if problems:
             self._release()
             return None, problems
@@ -313,6 +330,30 @@ class CheckpointManager:
                 problem = str(error)
         table, problem = self._from_rank_0((table, problem))
         return (None, problem.splitlines()) if problem else (Reader(folder, manifest, table), [])
+
+    def _bad_manifest(self, folder: Path) -> bool:
+        try:
+            read_manifest(folder, run_id=self.meta["run_id"])
+        except CheckpointError:
+            return True
+        return False
+
+    def _heal(self, folder: Path, record: dict[str, Any] | None) -> list[str]:
+        """Replace a bad file, or the manifest and its marker, from the mirror; what is to be said of it."""
+        from launcher.trainer.checkpoint.store import StoreError
+
+        name = f"{folder.name}/{record['file'] if record else MANIFEST}"
+        try:
+            mirror = self._mirror()
+            if mirror is None:
+                return []
+            if record is None:
+                mirror.heal_manifest(folder)
+            else:
+                mirror.heal(folder, record)
+        except (StoreError, UserError, CheckpointError, OSError) as error:
+            return [f"warning: mirror: {name} is bad and could not be replaced: {error}"]
+        return [f"warning: mirror: {name} was bad and is replaced by its copy in {mirror.place}"]
 
     def _release(self) -> None:
         if self._hold is not None:
