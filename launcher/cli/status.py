@@ -91,6 +91,8 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
         yield f"            {remark}"
     if evaluation := summary["evaluation"]:
         yield f"evaluation  {_evaluation(evaluation)}"
+    if guards := _guards(summary["guards"]):
+        yield f"guards      {guards}"
     if job := _job(summary):
         yield f"job         {job}, submitted {clock(summary['job']['time'])}"
     if summary["stop_requested"] is not None:
@@ -114,6 +116,16 @@ def _evaluation(evaluation: dict[str, Any]) -> str:
     sets = evaluation["sets"]
     apart = f" ({', '.join(f'{name} {_loss(loss)}' for name, loss in sets.items())})" if len(sets) > 1 else ""
     return f"loss {_loss(evaluation['loss'])}{apart} at step {evaluation['step']}"
+
+
+def _guards(counts: dict[str, int]) -> str:
+    """`2 steps skipped, 1 left out, 3 spikes`; empty where nothing was wrong."""
+    said = [f"{counts['skipped']} step{'s' * (counts['skipped'] != 1)} skipped"] if counts["skipped"] else []
+    if total := counts["left_out"]:
+        said.append(f"{total} global batch{'es' * (total != 1)} left out (left-out.jsonl)")
+    if counts["spikes"]:
+        said.append(f"{counts['spikes']} spike{'s' * (counts['spikes'] != 1)} of the loss")
+    return ", ".join(said)
 
 
 def _loss(value: float | None) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
-from itertools import groupby
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from launcher.data.mix import Mix
 from launcher.data.prepare import Prepared
@@ -15,14 +16,27 @@ from launcher.data.store import Document, Side
 from launcher.data.tokenizer import TokenizerSpec, load_tokenizer
 from launcher.recipe.schema import Recipe
 
+if TYPE_CHECKING:
+    from launcher.data.lanes import Streamed
+    from launcher.data.stream import Lanes
+
 _LONGEST = 16  # tokens that are looked at together for one character; more are shown as what they are, broken
 _TURNS = {*"\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}  # characters that reverse a line
 _JOINERS = {"\u200c", "\u200d"}  # inside words and emoji they belong there
 
 
-def preview(recipe: Recipe, prepared: Prepared, *, rows: int) -> dict[str, Any]:
-    """The first rows that training will see.
+Begin = tuple[int, Mapping[int, Mapping[str, NDArray[Any]]] | None]  # steps that lanes have given, their states then
 
+
+def preview(
+    recipe: Recipe, prepared: Prepared, *, rows: int | None, step: int | None = None, begin: Begin = (0, None)
+) -> dict[str, Any]:
+    """The first rows that training will see, or those of one step's global batch.
+
+    Args:
+        rows: how many; None: all of the step
+        step: from 1
+        begin: from where a stream is read on to the step
     Returns:
         {"rows": [{"row": id, "source": name, "documents": [{"source", "record", "side", "tokens": [{"id", "text",
         "trained", "weight", "special"}]}]}], "stats": the train entry of data.json with seq_len}; `trained` says that
@@ -31,10 +45,15 @@ def preview(recipe: Recipe, prepared: Prepared, *, rows: int) -> dict[str, Any]:
     """
     tokenizer = prepared.tokenizer
     words = load_tokenizer(TokenizerSpec(tokenizer["name"], tokenizer["revision"], recipe.model.trust_remote_code))
-    read = _streamed if recipe.data.streaming else _stored
+    if recipe.data.streaming:
+        found = (
+            _streamed(recipe, prepared, rows or 1) if step is None else _batch_of_lanes(recipe, prepared, step, begin)
+        )
+    else:
+        found = _stored(recipe, prepared, rows, step)
     shown = [
         {"row": row, "source": source, "documents": _documents(documents, words, isolate=recipe.data.isolate)}
-        for row, source, documents in read(recipe, prepared, rows)
+        for row, source, documents in islice(found, rows)
     ]
     return {"rows": shown, "stats": {**prepared.train, "seq_len": recipe.data.seq_len}}
 
@@ -103,10 +122,14 @@ def texts(ids: Sequence[int], words: Any) -> list[str]:
 _Row = tuple[int, str, list[Document]]  # its number, the name of its source, its documents
 
 
-def _stored(recipe: Recipe, prepared: Prepared, rows: int) -> Iterator[_Row]:
-    mix = Mix.open(prepared.train)
-    first = mix.at(np.arange(min(rows, mix.rows)), seed=recipe.train.seed)
-    for row, source in zip(first.tolist(), mix.source_of(first).tolist(), strict=True):
+def _stored(recipe: Recipe, prepared: Prepared, rows: int | None, step: int | None) -> Iterator[_Row]:
+    mix, seed = Mix.open(prepared.train), recipe.train.seed
+    if step is None:
+        found = mix.at(np.arange(min(rows or 1, mix.rows)), seed=seed)
+    else:
+        batch = recipe.train.global_batch_size
+        found = mix.global_batch(step - 1, seed=seed, global_batch_size=batch, total_rows=prepared.total_rows)
+    for row, source in zip(found.tolist(), mix.source_of(found).tolist(), strict=True):
         yield row, mix.names[source], list(mix.documents(row))
 
 
@@ -116,9 +139,25 @@ def _streamed(recipe: Recipe, prepared: Prepared, rows: int) -> Iterator[_Row]:
 
     lanes = Lanes(recipe, prepared.train, rank=0, ranks=prepared.train["lanes"])
     for row in range(rows):
-        (documents,) = lanes.rows()
-        names = dict.fromkeys(lanes.names[d.source] for d in documents)
-        yield row, ", ".join(names), [Document(d.tokens, d.weights, lanes.source(d), d.at) for d in documents]
+        yield _streamed_row(lanes, row, lanes.rows()[0])
+
+
+def _batch_of_lanes(recipe: Recipe, prepared: Prepared, step: int, begin: Begin) -> Iterator[_Row]:
+    """The global batch of a step; what lies between the beginning and it is read and passed over."""
+    from launcher.data.stream import Lanes
+
+    at, states = begin
+    lanes = Lanes(recipe, prepared.train, rank=0, ranks=1, states=states)
+    for _ in range(step - 1 - at):
+        lanes.rows()
+    first = (step - 1) * prepared.train["lanes"]
+    for lane, documents in zip(lanes.numbers, lanes.rows(), strict=True):
+        yield _streamed_row(lanes, first + lane, documents)
+
+
+def _streamed_row(lanes: Lanes, row: int, documents: tuple[Streamed, ...]) -> _Row:
+    names = dict.fromkeys(lanes.names[d.source] for d in documents)
+    return row, ", ".join(names), [Document(d.tokens, d.weights, lanes.source(d), d.at) for d in documents]
 
 
 def _documents(documents: list[Document], words: Any, *, isolate: bool) -> list[dict[str, Any]]:

@@ -112,6 +112,8 @@ RULES: tuple[Rule, ...] = (
     sizes.groups,
     elastic.shapes,
     sizes.checkpoints,
+    sizes.copies,
+    sizes.ways_back,
     together.precision,
     together.blocks,
     together.kernels,

@@ -13,6 +13,7 @@ from launcher.run.directory import RunDirectory, parse_checkpoint_name
 from launcher.run.files import parse_lines, read_json
 from launcher.run.lease import current_owner
 from launcher.run.ledger import Attempt, CheckpointRef, Failure, attempts, valid_checkpoints
+from launcher.run.left_out import left_out
 from launcher.run.state import State, read_state
 
 SUMMARY_VERSION = 1
@@ -55,6 +56,7 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
         "loss": _finite(metrics.get("loss")),
         "loss_step": metrics.get("step"),
         "evaluation": _evaluation(evaluated),
+        "guards": _guards(run, metrics),
         "updated": state.time if state.time is not None else record.get("created"),
         "owner": {"host": owner.host, "pid": owner.pid, "alive": alive} if owner and not owner.released else None,
         "stop_requested": stop_reason(run),
@@ -138,6 +140,12 @@ def _first(failure: Failure | None) -> dict[str, Any] | None:
         "rank": failure.rank, "node": failure.node or None, "step": failure.step, "class": failure.failure_class,
         "message": failure.message, "traceback": failure.traceback or None, "time": failure.time,
     }  # fmt: skip
+
+
+def _guards(run: RunDirectory, metrics: dict[str, Any]) -> dict[str, int]:
+    """Steps skipped and spikes up to the last logged step, and the global batches that the run leaves out."""
+    counts = {"skipped": metrics.get("steps_skipped", 0), "spikes": metrics.get("loss_spikes", 0)}
+    return {**counts, "left_out": len(left_out(run))}
 
 
 def _evaluation(line: dict[str, Any] | None) -> dict[str, Any] | None:

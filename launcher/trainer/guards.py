@@ -107,6 +107,11 @@ class Guards:
         self.in_a_row += 1
         self.row.clear()  # what was skipped before it is nothing that a step back could save
 
+    def counts(self) -> dict[str, int]:
+        """Steps so far of which there is something to say, for metrics.jsonl; empty where there is nothing."""
+        found = {"steps_skipped": self.skipped, "steps_left_out": self.left_out, "loss_spikes": self.spikes}
+        return {key: count for key, count in found.items() if count}
+
     def state(self) -> dict[str, Any]:
         """JSON-able, for a checkpoint; `load` is the way back."""
         return {

@@ -153,7 +153,7 @@ def pass_over(t: Training, rows: StepRows, lr: float, batch: LeftOut) -> None:
     """A step whose global batch is left out: its rows and its place in the schedule are used up, nothing is learnt."""
     t.reports.guards.leave()
     if t.reports.figures is not None:
-        t.reports.figures.left_out(rows, lr, batch)
+        t.reports.figures.left_out(rows, lr, batch, t.reports.guards.counts())
 
 
 def write_down(t: Training, back: RollBack) -> None:

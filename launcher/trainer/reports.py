@@ -119,8 +119,12 @@ class Figures:
     _wait_s: float = 0.0
     _since: float = field(default_factory=time.perf_counter)
 
-    def step(self, report: Pending, loss: float, norm: float, judged: Judged) -> None:
-        """Count a finished step; write it if it is due, or if there is something to say of it."""
+    def step(self, report: Pending, loss: float, norm: float, judged: Judged, counts: dict[str, int]) -> None:
+        """Count a finished step; write it if it is due, or if there is something to say of it.
+
+        Args:
+            counts: what the guards have counted so far, see `Guards.counts`
+        """
         self._tokens += report.rows.tokens
         self._mix.update(dict(zip(self.sources, report.rows.source_tokens, strict=False)))
         peak = peak_flops(self.device)
@@ -136,18 +140,19 @@ class Figures:
             "mfu": self._flops / elapsed / (peak * self.world_size) if peak else None,
             "memory_gib": memory_gib(self.device), "data_wait_s": self._wait_s,
             **({"mix": _shares(self._mix)} if len(self.sources) > 1 else {}),
-            **({judged.reason: True, "skipped": judged.skipped} if judged.reason else {}),
+            **({judged.reason: True, "skipped": judged.skipped} if judged.reason else {}), **counts,
         })  # fmt: skip
         print(console_line(self.last, total_steps=self.total_steps), flush=True)
         self._whole_mix.update(self._mix)
         self._mix.clear()
         self._tokens, self._flops, self._wait_s, self._since = 0, 0.0, 0.0, report.at
 
-    def left_out(self, rows: StepRows, lr: float, batch: LeftOut) -> None:
+    def left_out(self, rows: StepRows, lr: float, batch: LeftOut, counts: dict[str, int]) -> None:
         """Write a step that makes no update, and say why."""
         self.write({
             "step": batch.step, "loss": None, "lr": lr, "grad_norm": None, "tokens": rows.tokens, "tokens_per_s": 0.0,
             "mfu": None, "memory_gib": memory_gib(self.device), "data_wait_s": rows.wait_s, "left_out": True,
+            **counts,
         })  # fmt: skip
         what = "its loss was a spike" if batch.reason == "spike" else "its loss or gradient was not finite"
         print(f"step {batch.step}/{self.total_steps}  left out: {what} in attempt {batch.attempt}", flush=True)
@@ -250,7 +255,7 @@ class Reports:
         if self.figures is not None:
             if judged.reason:
                 self._say(report.step, loss, judged)
-            self.figures.step(report, loss, norm, judged)
+            self.figures.step(report, loss, norm, judged, self.guards.counts())
         return Signals(stop > 0, save > 0)
 
     def _say(self, step: int, loss: float, judged: Judged) -> None:

@@ -9,6 +9,7 @@ import pytest
 from launcher.run.control import Outcome, request_stop, write_outcome
 from launcher.run.lease import hold_lease
 from launcher.run.ledger import Failure, end_attempt
+from launcher.run.left_out import LeftOut, leave_out
 from launcher.run.state import write_state
 from launcher.run.summary import list_runs, summarise
 from tests.run.make import commit, make_run, start
@@ -24,7 +25,7 @@ def test_summary_has_the_documented_keys_from_the_first_moment_on(tmp_path):
     summary = summarise(make_run(tmp_path))
     assert set(summary) == {
         "version", "run", "path", "run_id", "status", "step", "total_steps", "attempt", "attempts", "last_checkpoint",
-        "failure", "loss", "loss_step", "evaluation", "updated", "owner", "stop_requested", "verdict",
+        "failure", "loss", "loss_step", "evaluation", "guards", "updated", "owner", "stop_requested", "verdict",
     }  # fmt: skip
     assert (summary["run"], summary["status"], summary["attempt"], summary["attempts"]) == ("demo", "queued", 0, [])
     json.dumps(summary, allow_nan=False)
@@ -84,6 +85,14 @@ def test_the_last_evaluation_tells_the_loss_of_each_set(tmp_path):
         log(run, step=step + 1, loss=1.0, attempt=1)
     found = summarise(run)["evaluation"]
     assert found == {"step": 10, "loss": 2.0, "sets": {"web": 2.5, "chat": None}}
+
+
+def test_what_the_guards_counted_is_told_with_the_last_logged_step(tmp_path):
+    run = make_run(tmp_path)
+    assert summarise(run)["guards"] == {"skipped": 0, "spikes": 0, "left_out": 0}
+    log(run, step=7, loss=1.0, attempt=1, steps_skipped=2, loss_spikes=3)
+    leave_out(run, LeftOut(step=5, attempt=1, reason="spike", loss=9.0, limit=2.0, records={"a.jsonl": [1]}))
+    assert summarise(run)["guards"] == {"skipped": 2, "spikes": 3, "left_out": 1}
 
 
 def test_line_that_a_stale_attempt_adds_late_is_not_the_loss(tmp_path):

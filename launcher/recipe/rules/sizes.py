@@ -1,4 +1,4 @@
-"""Numbers that must divide or fit one another: batch, mesh, groups of ranks, lengths, checkpoints."""
+"""Numbers that must divide or fit one another: batch, mesh, groups of ranks, lengths, checkpoints, copies."""
 
 from __future__ import annotations
 
@@ -110,6 +110,38 @@ def checkpoints(recipe: Recipe) -> Iterator[Problem]:
             "checkpoint.keep_every_steps", keep, f"a multiple of checkpoint.every_steps = {every}",
             f"Nearest: {near}.", because=("checkpoint.every_steps", "checkpoint.every_minutes"),
         )  # fmt: skip
+
+
+def copies(recipe: Recipe) -> Iterator[Problem]:
+    """Ranks that hold nothing in common have nothing to compare."""
+    every, strategy, world = recipe.train.replica_check_steps, recipe.strategy, _world(recipe)
+    if every is None or world < 1:
+        return
+    shard = strategy.shard or world // (strategy.replicate or 1)
+    if world == 1:
+        why = "on one rank"
+    elif strategy.kind == "zero3":
+        why = "with zero3, which keeps each weight on one rank alone"
+    elif strategy.kind == "fsdp2" and shard >= world:
+        why = f"with fsdp2 over {_all_ranks(recipe)}, which keeps each weight on one rank alone"
+    else:
+        return
+    fix = "Remove the key" + (", or set strategy.replicate=2 or more." if strategy.kind == "fsdp2" else ".")
+    because = ("strategy.kind", "strategy.shard", "strategy.replicate", *_WORLD)
+    yield Problem("train.replica_check_steps", every, f"null {why}", fix, because=because)
+
+
+def ways_back(recipe: Recipe) -> Iterator[Problem]:
+    """A run that is to go back has a checkpoint to go back to."""
+    checkpoint = recipe.checkpoint
+    if checkpoint.every_steps is not None or checkpoint.every_minutes is not None:
+        return
+    for key in ("on_nonfinite", "on_spike"):
+        if getattr(recipe.train, key) == "rollback":
+            yield Problem(
+                f"train.{key}", "rollback", "checkpoints to go back to: without them every rollback is to step 0",
+                "Set checkpoint.every_steps, e.g. 500.", because=("checkpoint.every_steps", "checkpoint.every_minutes"),
+            )  # fmt: skip
 
 
 def _world(recipe: Recipe) -> int:

@@ -28,11 +28,13 @@ class Train:
         the run back to its last checkpoint and leaves that global batch out (rollback)
     on_spike: the same for a loss far above what it was, or a line in the log (warn), or nothing (ignore)
     spike_sigmas: how far above the median of the last spike_window losses counts as a spike, in standard deviations as
-        the median absolute deviation estimates them
-    spike_window: how many of the last losses that median is taken of
-    max_skips: global batches in a row without an update after which skip and rollback end the run all the same
-    replica_check_steps: compare each so many steps the weights that ranks hold in common, and name a rank that
-        differs; null: never
+        the median absolute deviation estimates them, at least 1 % of the median each
+    spike_window: how many of the last losses that median is taken of; none is a spike before a quarter of them, and 8,
+        are known
+    max_skips: global batches in a row that may make no update; when so many were skipped the run goes back to its last
+        checkpoint without them, and one more ends it
+    replica_check_steps: compare each so many steps, and before each checkpoint, what ranks hold in common (the weights
+        of ddp, zero1, zero2 and copies of fsdp2), and name a rank that differs; null: never
     """
 
     global_batch_size: int = MISSING  # type: ignore[assignment]
