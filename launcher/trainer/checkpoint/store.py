@@ -66,7 +66,7 @@ class Store:
 
     def write(self, name: str, data: bytes) -> None:
         """Replace a small file: a reader sees the old one or the new one."""
-        with self._told():
+        with self._told(missing=False):
             if self._local:
                 write_atomic(self._made(name), data)
             else:
@@ -80,15 +80,16 @@ class Store:
             Interrupted: the caller ends; what was written is no whole file.
         """
         try:
-            with self._told(), open_plain(source) as read:
-                path = self._made(name) if self._local else self._path(name)
-                with open(path, "wb") if self._local else self._system.open(path, "wb") as written:
-                    found = self._copy(read, written)
-                    if self._local:
-                        written.flush()
-                        os.fsync(written.fileno())
-        except FileNotFoundError as error:
+            read = open_plain(source)
+        except OSError as error:
             raise CheckpointError(f"{source.parent.name}/{source.name}: {why(error)}") from error
+        with read, self._told(missing=False):
+            path = self._made(name) if self._local else self._path(name)
+            with open(path, "wb") if self._local else self._system.open(path, "wb") as written:
+                found = self._copy(read, written)
+                if self._local:
+                    written.flush()
+                    os.fsync(written.fileno())
         if found != (num_bytes, xxh3_128):
             with contextlib.suppress(StoreError):
                 self.remove(name)
@@ -165,13 +166,15 @@ class Store:
         return size, digest.hexdigest()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Each store has errors of its own; they become one."""
+    def _told(self, *, missing: bool = True) -> Iterator[None]:
+        """Each store has errors of its own; they become one, but for what is missing where that may be."""
         try:
             yield
-        except (FileNotFoundError, CheckpointError, Interrupted, StoreError):
+        except (CheckpointError, Interrupted, StoreError):
             raise
         except Exception as error:
+            if missing and isinstance(error, FileNotFoundError):
+                raise
             text = why(error) if isinstance(error, OSError) else next(iter(str(error).splitlines()), "")
             raise StoreError(f"{self.url}: {type(error).__name__}: {text}".rstrip(": ")) from error
 
