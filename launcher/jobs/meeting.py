@@ -157,7 +157,6 @@ class Meeting:
     def announce(self, attempt: int, token: str, ending: Ending | None) -> None:
         """On node 0: tell the others which attempt this is and whose, or how it ended already."""
         self.attempt = attempt
-        self._watch.begin(attempt)
         self._store.set(_key("attempt"), json.dumps([attempt, token, self.members, _brief(ending)]))
 
     def announced(self, say: Say = lambda text: None) -> tuple[int, str, Ending | None]:
@@ -184,7 +183,6 @@ class Meeting:
                 break
             say(f"attempt {attempt} goes on without this node, which is taken in at its next checkpoint")
         self.attempt = attempt
-        self._watch.begin(attempt)
         self._watch.expect([0], self.names)
         return attempt, token, _full(ending)
 
@@ -586,8 +584,6 @@ class _Watch:
 
     def __init__(self, store: Any, node: Node, beat: str, signals: Signals) -> None:
         self._store, self._node, self._beat, self._signals = store, node, beat, signals
-        self.word, self.words = "", dict[int, str]()
-        self._attempt = 0
         self._names: dict[int, str] = {0: "?"} if node.rank else {}
         self._members: list[int] = [0] if node.rank else []
         self._seen: dict[int, _Seen] = {}
@@ -605,11 +601,6 @@ class _Watch:
     def broken(self) -> bool:
         """Whether the connection to node 0 ended."""
         return self._broken_at is not None
-
-    def begin(self, attempt: int) -> None:
-        """What was told in the attempt before does not count any more."""
-        self._attempt, self.word = attempt, ""
-        self.words.clear()
 
     def expect(self, members: Collection[int], names: Mapping[int, str]) -> None:
         """From now on the loss of these nodes counts."""
