@@ -60,6 +60,7 @@ def assemble(
     """
     from launcher.run.ledger import valid_checkpoints
     from launcher.trainer.checkpoint.manager import CheckpointManager
+    from launcher.trainer.checkpoint.mirroring import open_mirror
 
     data = read_data(run)
     fill = _fill(recipe, [ref.path for ref in valid_checkpoints(run)])
@@ -73,6 +74,7 @@ def assemble(
             "optimizer": recipe.optimizer.kind, "versions": of_training(),
             "schedule_steps": recipe.optimizer.schedule_steps or int(data["total_steps"]),
         },
+        mirror=lambda: open_mirror(run, recipe.checkpoint),
     )  # fmt: skip
     given = frozen.frozen_names(engine.module) if fill == "frozen" else set()
     # None without checkpoints; raises when there are some and none is sound
