@@ -22,7 +22,7 @@ from launcher.jobs.agent import ended
 from launcher.jobs.console import Console
 from launcher.jobs.ending import Ending, judge
 from launcher.jobs.environment import evaluate_setup, require_train_extra, require_variables
-from launcher.jobs.opening import open_run, owned
+from launcher.jobs.opening import copied, open_run, owned
 from launcher.jobs.place import start_reason
 from launcher.jobs.preparation import is_prepared
 from launcher.jobs.signals import Signals
@@ -65,7 +65,10 @@ def watch_over(
         require_variables(recipe.cluster.env, after_setup=bool(recipe.cluster.setup))
         if shutil.which(command[0]) is None:
             raise UserError(f"-- {command[0]}: expected a command that starts the ranks, PATH has none of that name.")
-        with owned(run, submission, console.say):
+        with (
+            owned(run, submission, console.say),
+            copied(run, recipe, console.say, hurry=lambda: signals.at_once),
+        ):
             with written(run):
                 open_run(run, recipe, make_plan(recipe), force=False, say=console.say)
                 attempt = begin(run, here, plan, reason=start_reason(submission), submission=submission)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from math import isclose
 from pathlib import Path
@@ -56,14 +56,32 @@ def owned(
         parent.rmdir()
 
 
+def copied(run: RunDirectory, recipe: Recipe, say: Say, *, hurry: Callable[[], bool]) -> AbstractContextManager[None]:
+    """While this is open, checkpoints are copied to the recipe's mirror, if it has one; at its end the rest is.
+
+    hurry: whether a person wants to wait no longer
+    """
+    if recipe.checkpoint.mirror is None:
+        return nullcontext()
+    from launcher.trainer.checkpoint.mirroring import mirrored
+
+    return mirrored(run, recipe.checkpoint, say, hurry=hurry)
+
+
 def open_run(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say: Say) -> list[Change]:
     """Make the run, or go on with it; what changed in its recipe. The caller holds the lease.
+
+    What the run lacks here and its mirror has is brought back first.
 
     Raises:
         UserError: the recipe is that of another run, and `force` is false; or, whatever `force` is, the run's
             checkpoints cannot go on with it. Nothing has been written.
     """
     found: list[Change] = []
+    if recipe.checkpoint.mirror is not None:
+        from launcher.trainer.checkpoint.mirroring import restore
+
+        restore(run, recipe.checkpoint, say)
     if run.exists():
         _require_current_data(run, recipe, force=force)
         found = _go_on(run, recipe, plan, force=force, say=say)

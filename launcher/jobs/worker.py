@@ -16,7 +16,7 @@ from launcher.jobs.command import watch_over
 from launcher.jobs.console import Console
 from launcher.jobs.ending import Ending
 from launcher.jobs.meeting import Away, Meeting, Stopped
-from launcher.jobs.opening import discard_if_fresh, open_run, owned, run_directory, stored_recipe
+from launcher.jobs.opening import copied, discard_if_fresh, open_run, owned, run_directory, stored_recipe
 from launcher.jobs.place import Place, find_place, find_submission, settled, start_reason
 from launcher.jobs.rendezvous import address, require_free_port
 from launcher.jobs.signals import Signals
@@ -227,7 +227,11 @@ def _lead(
 ) -> tuple[int, Ending] | None:
     """Node 0: attempt after attempt until one of them is the last; its number and how it ended."""
     run, recipe, node, reason = part.run, part.recipe, part.node, part.reason
-    with _hosted(node, signals) as others, owned(run, part.submission, console.say) as lease:
+    with (
+        _hosted(node, signals) as others,
+        owned(run, part.submission, console.say) as lease,
+        copied(run, recipe, console.say, hurry=lambda: signals.at_once),
+    ):
         with written(run):
             open_run(run, recipe, make_plan(recipe), force=part.force, say=console.say)
             if is_finished(run, recipe, console.say):

@@ -90,6 +90,7 @@ def _attempt(path: Path, given: int | None) -> Iterator[int]:
     from launcher.run.lease import hold_lease
     from launcher.run.ledger import start_attempt
     from launcher.run.provenance import record_beside, recorded
+    from launcher.trainer.checkpoint.mirroring import mirrored
     from launcher.trainer.distributed import Ranks, choose_device, join, leave
     from launcher.trainer.main import node_name
 
@@ -98,8 +99,10 @@ def _attempt(path: Path, given: int | None) -> Iterator[int]:
     device = choose_device(accelerator, ranks)
     join(device, ranks)
     number = torch.zeros((), dtype=torch.int64, device=device)
-    with hold_lease(run) if ranks.rank == 0 else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
         if ranks.rank == 0:
+            held.enter_context(hold_lease(run))
+            held.enter_context(mirrored(run, from_dict(run.read_recipe()).checkpoint, _say))
             clear_stop(run)
             number += start_attempt(
                 run,
@@ -118,6 +121,10 @@ def _attempt(path: Path, given: int | None) -> Iterator[int]:
                 recorded()
                 _end(run, int(number))
         leave()
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _starter() -> str:

@@ -36,7 +36,9 @@ from launcher.trainer.checkpoint.verify import (
 
 CHECKPOINTS = "checkpoints"
 BAD = "bad"  # folder below checkpoints/ for what was found bad
-RECORDS = ("recipe.yaml", "plan.json", "data.json", "left-out.jsonl", "ledger.jsonl")  # run.json comes last
+RECORDS = (
+    "recipe.yaml", "plan.json", "data.json", "contents.json", "rehearsal.json", "left-out.jsonl", "ledger.jsonl",
+)  # what a resume needs; run.json comes last  # fmt: skip
 
 
 class AnotherRun(Exception):
