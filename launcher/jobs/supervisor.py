@@ -24,7 +24,7 @@ from launcher.jobs.devices import accelerator, threads_per_rank
 from launcher.jobs.ending import Ending, judge
 from launcher.jobs.environment import evaluate_setup, require_train_extra, require_variables
 from launcher.jobs.meeting import Meeting
-from launcher.jobs.opening import discard_if_fresh, open_run, owned, run_directory
+from launcher.jobs.opening import copied, discard_if_fresh, open_run, owned, run_directory
 from launcher.jobs.place import find_submission
 from launcher.jobs.preparation import PreparationError, StopAsked, agrees, complete_plan, is_prepared, prepare_in_child
 from launcher.jobs.signals import Signals
@@ -101,7 +101,7 @@ def launch(recipe: Recipe, *, force: bool, console: Console, reason: str = "run"
     with Signals() as signals:
         machine = ready_machine(recipe, console.say)
         seen = preflight.Seen() if reached_end(run) else preflight.before_launch(recipe, plan, run, console.say)
-        with owned(run) as lease:
+        with owned(run) as lease, copied(run, recipe, console.say, hurry=lambda: signals.at_once):
             with written(run):
                 open_run(run, recipe, plan, force=force, say=console.say)
                 if is_finished(run, recipe, console.say):
