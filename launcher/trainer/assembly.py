@@ -17,12 +17,15 @@ from launcher.data.order import USUAL_COST
 from launcher.data.store import Store
 from launcher.errors import UserError
 from launcher.plan import row_cost
+from launcher.plan.saving import SaveCost, stop_lead_s
 from launcher.plan.schedule import jump
 from launcher.run.data import require_current
 from launcher.run.left_out import LeftOut, left_out
+from launcher.run.rehearsal import read_rehearsal
 from launcher.trainer import engines, frozen, model, objectives
 from launcher.trainer.checkpoint.reader import read_manifest
 from launcher.trainer.guards import Guards
+from launcher.trainer.interval import SaveInterval
 from launcher.trainer.launch_check import other_precision
 from launcher.trainer.loop import Training
 from launcher.trainer.main import node_name
@@ -103,12 +106,22 @@ def assemble(
         reports=_reports(run, recipe, data, engine, guards, attempt=attempt, ranks=ranks, step=step),
         saver=Saver(
             manager, engine, recipe.checkpoint, step=step if state else None, rank=ranks.rank,
-            lanes_behind=rows.lanes_behind, guards=guards,
+            lanes_behind=rows.lanes_behind, guards=guards, interval=_interval(run, recipe) if ranks.rank == 0 else None,
         ),
         replicas=Replicas(engine, every_steps=recipe.train.replica_check_steps, node=node_name()),
         left_out=_left_out(run, ranks=ranks, step=step),
         stop_asked=stop_asked, total_steps=int(data["total_steps"]), step=step,
     )  # fmt: skip
+
+
+def _interval(run: RunDirectory, recipe: Recipe) -> SaveInterval | None:
+    """The time between saves, where it is chosen here; from what the rehearsal of this run has cost."""
+    if recipe.checkpoint.every_steps != "auto" or recipe.checkpoint.mttf_hours is None:
+        return None
+    found = read_rehearsal(run)
+    cost = None if found is None else SaveCost(found.blocked_s, found.durable_s)
+    lead = stop_lead_s(recipe.cluster)
+    return SaveInterval(mttf_s=3600 * recipe.checkpoint.mttf_hours, lead_s=lead, cost=cost)
 
 
 def _require_rate(recipe: Recipe, checkpoint: Path, *, step: int, total_steps: int) -> None:

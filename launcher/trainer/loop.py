@@ -242,5 +242,8 @@ def write_state(t: Training, status: str) -> None:
 
         last = t.reports.figures.last if t.reports.figures is not None else {}
         with t.state_trouble.said():
-            write(t.run, status, attempt=t.attempt, step=t.step, total_steps=t.total_steps, loss=last.get("loss"))
+            more = {"total_steps": t.total_steps, "loss": last.get("loss")}
+            if t.saver.interval is not None:
+                more["save_every"] = t.saver.interval.told()
+            write(t.run, status, attempt=t.attempt, step=t.step, **more)
     t.state_written = time.monotonic()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from launcher.trainer.checkpoint.manager import CheckpointManager, SaveStatus
     from launcher.trainer.engines import Engine
     from launcher.trainer.guards import Guards
+    from launcher.trainer.interval import SaveInterval
 
 FIRST_RETRY_S = 10.0
 LONGEST_RETRY_S = 600.0
@@ -34,13 +35,15 @@ class Saver:
         rank: rank 0 keeps the clock: saves by time and retries are its flag in the step's reduction
         lanes_behind: where data are streamed, the lanes of this rank as they are after a number of updates
         guards: what judges the steps, the same on every rank
+        interval: on rank 0, with `checkpoint.every_steps: auto`, the time between saves
     """
 
     def __init__(
         self, manager: CheckpointManager, engine: Engine, checkpoint: Checkpoint, *, step: int | None, rank: int,
         lanes_behind: Callable[[int], LanesTaken] | None = None, guards: Guards | None = None,
+        interval: SaveInterval | None = None,
     ) -> None:  # fmt: skip
-        self._lanes_behind, self._guards = lanes_behind, guards
+        self._lanes_behind, self._guards, self.interval = lanes_behind, guards, interval
         self._manager, self._engine, self._keys, self._rank = manager, engine, checkpoint, rank
         self.saved_step = step
         self._last = time.monotonic()
@@ -52,20 +55,23 @@ class Saver:
         self._problem = "another rank could not write its part"
 
     def due(self, step: int) -> bool:
-        """Whether the number of steps alone asks for one."""
-        return isinstance(self._keys.every_steps, int) and step % self._keys.every_steps == 0
+        """Whether the number of steps alone asks for one; with auto, the steps that are kept for good do."""
+        auto = self._keys.every_steps == "auto"
+        every = self._keys.keep_every_steps if auto else self._keys.every_steps
+        return isinstance(every, int) and step % every == 0
 
     def wanted(self) -> bool:
-        """Rank 0's wish: minutes have passed, or a failed save is to be tried again.
+        """Rank 0's wish: the time has come, or a failed save is to be tried again.
 
         One that failed for want of space is, as soon as there is enough.
         """
         if self._rank:
             return False
         now, minutes = time.monotonic(), self._keys.every_minutes
+        pays = self.interval is not None and self.interval.due(now, since=self._last)
         if self._retry_at is not None:
             return now >= self._retry_at or self._space_is_back(now)
-        return minutes is not None and now - self._last >= 60 * minutes
+        return pays or (minutes is not None and now - self._last >= 60 * minutes)
 
     def _space_is_back(self, now: float) -> bool:
         if self._needs is None or now < self._look_at:
@@ -96,6 +102,8 @@ class Saver:
                 self._postpone(status)
             else:
                 ended, self._retry_s = True, FIRST_RETRY_S
+                if self.interval is not None and status.durable_s:
+                    self.interval.measured(blocked_s=status.blocked_s, durable_s=status.durable_s)
                 if status.reason and self._rank == 0:
                     print(f"warning: checkpoint of step {status.step}: {status.reason}", flush=True)
         return ended
