@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from launcher.jobs.tether import die_with_parent
 
@@ -27,13 +28,17 @@ def prepare(run: str, server: int, pipe: Connection) -> None:
     """Node 0's first act: build or find the data store and write data.json. Sends ("progress", ...), then one
     ("done",) or ("user", text) or ("failed", traceback)."""
     die_with_parent(server)
+    from launcher.run.directory import RunDirectory
+    from launcher.run.secrets import masked_by, named_by
+
     try:
         from launcher.jobs.preparation import prepare_run
 
         prepare_run(run, lambda *what: pipe.send(("progress", *what)))
         pipe.send(("done",))
     except Exception as error:
-        pipe.send(_failure(error))
+        kind, text = _failure(error)
+        pipe.send((kind, masked_by(named_by(RunDirectory(Path(run))))(text)))
     finally:
         pipe.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def watch_file(self) -> Path:
+        return self.path / "watch.jsonl"
+
+    @property
     def left_out_file(self) -> Path:
         return self.path / "left-out.jsonl"
 
@@ -106,6 +111,26 @@ class RunDirectory:
     def exists(self) -> bool:
         """Whether a run was made here; run.json is written last."""
         return self.run_file.exists()
+
+    def require_no_links(self) -> None:
+        """What is written into a run stays in it; the run directory itself may be reached through a link.
+
+        Raises:
+            UserError: names in the directory, or in control/, that are symbolic links.
+        """
+        found = [
+            path
+            for folder in (self.path, self.control)
+            if folder.is_dir() and not (folder != self.path and folder.is_symlink())
+            for path in sorted(folder.iterdir())
+            if path.is_symlink()
+        ]
+        if found:
+            listed = "\n".join(f"  {path} -> {os.readlink(path)}" for path in found)
+            raise UserError(
+                f"{self.path}: symbolic links, through which the run would write elsewhere:\n{listed}\n"
+                "Remove them. To keep a run on another disk, put the whole directory there by run.dir."
+            )
 
     def create(self, recipe: dict[str, Any], plan: dict[str, Any], identity: dict[str, Any]) -> None:
         """Make the directory of a new run; the caller holds the lease.

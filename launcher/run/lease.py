@@ -162,8 +162,9 @@ def hold_lease(
             least two of that owner's `heartbeat_s`
         waiting: called with a line for the user before such a watch, and when a live owner is succeeded
     Raises:
-        LeaseHeld: somebody else does.
+        LeaseHeld: somebody else does; UserError: a name inside of the run directory is a symbolic link.
     """
+    run.require_no_links()
     run.control.mkdir(parents=True, exist_ok=True)
     path = run.control / "lease"
     handle, before = _obtain(run, path, submission, waiting)

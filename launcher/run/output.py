@@ -16,12 +16,18 @@ class PatientStream(io.TextIOBase):
 
     Args:
         trouble: called once with the reason when a write fails, and again only after one has gone well
+        mask: what becomes of each text before it is written
     """
 
     encoding = "utf-8"  # type: ignore[assignment]
 
-    def __init__(self, handle: int, trouble: Callable[[str], None] = lambda reason: None) -> None:
-        self._handle, self._trouble = handle, trouble
+    def __init__(
+        self,
+        handle: int,
+        trouble: Callable[[str], None] = lambda reason: None,
+        mask: Callable[[str], str] = lambda text: text,
+    ) -> None:
+        self._handle, self._trouble, self._mask = handle, trouble, mask
         self._waiting = b""
         self._failing = False
         self._lock = threading.RLock()
@@ -29,7 +35,7 @@ class PatientStream(io.TextIOBase):
     def write(self, text: str) -> int:
         """Take the text; whole lines go out at once."""
         with self._lock:
-            self._waiting += text.encode(errors="replace")
+            self._waiting += self._mask(text).encode(errors="replace")
             if "\n" in text:
                 self.flush()
             if len(self._waiting) > _LIMIT_BYTES:

@@ -67,6 +67,11 @@ def _of_name(model: Model) -> Any:
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )  # fmt: skip
     except Exception as error:  # strict data classes raise errors of their own, which share no base
+        if not model.trust_remote_code and "custom code" in str(error):
+            fix = "Read it, and set model.trust_remote_code=true if you want it to run here"
+            raise UserError(
+                f"{_key(model)}: the model brings Python code of its own, which is not run. {fix}."
+            ) from error
         raise UserError(f"{_key(model)}: the architecture cannot be read: {reason(error)}.") from error
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,12 +34,14 @@ def run_rank(run_path: str, attempt: int) -> None:
     from launcher.run.control import Outcome
     from launcher.run.directory import RunDirectory
     from launcher.run.reserve import keep_back
+    from launcher.run.secrets import masked_by, named_by
     from launcher.trainer.beat import begin as begin_beats
 
     run, rank, node = RunDirectory(Path(run_path)), int(os.environ.get("RANK", "0")), node_name()
     logged = os.environ.get("LAUNCHER_LOG") == "1"
+    mask = masked_by(named_by(run))
     if logged:
-        redirect_output(run.log_file(attempt, node, rank), who=f"rank {rank}")
+        redirect_output(run.log_file(attempt, node, rank), who=f"rank {rank}", mask=mask)
     keep_back(run.rank_reserve(rank))
     begin_beats(rank)
     listen_for_signals()
@@ -49,8 +52,8 @@ def run_rank(run_path: str, attempt: int) -> None:
         from launcher.trainer.failures import failure_class, is_known, rolls_back
 
         known = is_known(error)
-        text = "" if known else traceback.format_exc()
-        message = str(error) if known else f"{type(error).__name__}: {error}"
+        text = "" if known else mask(traceback.format_exc())
+        message = mask(str(error) if known else f"{type(error).__name__}: {error}")
         outcome = Outcome(
             "failed", failure_class(error), _step(progress), message, text, node, rolls_back=rolls_back(error)
         )
@@ -76,8 +79,8 @@ def node_name() -> str:
     return os.environ.get("LAUNCHER_NODE") or socket.gethostname()
 
 
-def redirect_output(path: Path, *, who: str) -> None:
-    """Send this process's standard output and error, C level too, to the end of a file.
+def redirect_output(path: Path, *, who: str, mask: Callable[[str], str]) -> None:
+    """Send this process's standard output and error, C level too, to the end of a file; Python's output masked.
 
     A write to a full disk raises nothing: the text waits, and where this process wrote before is told so once.
     """
@@ -95,7 +98,7 @@ def redirect_output(path: Path, *, who: str) -> None:
     def trouble(why: str) -> None:
         before.write(f"warning: {who}: its log cannot be written ({why}). Training goes on.\n")
 
-    sys.stdout = sys.stderr = PatientStream(1, trouble)
+    sys.stdout = sys.stderr = PatientStream(1, trouble, mask)
 
 
 def listen_for_signals() -> None:

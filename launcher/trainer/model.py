@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -335,8 +336,13 @@ def _from_pretrained(model: Model, config: Any) -> Any:
         lm, report = AutoModelForCausalLM.from_pretrained(
             model.name, config=copy.deepcopy(config), revision=model.revision,
             trust_remote_code=model.trust_remote_code, dtype=DTYPES[model.dtype], attn_implementation="eager",
-            output_loading_info=True,
+            output_loading_info=True, weights_only=True,
         )  # fmt: skip
+    except pickle.UnpicklingError as error:  # torch.load with weights_only, which builds tensors and nothing else
+        raise UserError(
+            f"model.name = {model.name}: the weights cannot be read: they are a pickle (pytorch_model.bin) that would "
+            "run code, or is damaged. Use a model in safetensors, or one that was saved as plain tensors."
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"model.name = {model.name}: the weights cannot be read: {error}") from error
     if missing := sorted(report["missing_keys"]):
