@@ -59,6 +59,7 @@ def rows(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _memory(recipe, plan.memory)
     yield from _host(plan.memory)
     yield from _traffic(recipe, plan.traffic)
+    yield from _checkpoints(recipe, plan)
     if recipe.strategy.deepspeed:
         yield "not counted", "what strategy.deepspeed lays over the configuration"
 
@@ -127,6 +128,34 @@ def _traffic(recipe: Recipe, traffic: Traffic) -> Iterator[tuple[str, str]]:
         return
     need = f"{traffic.hidden_at_nvlink:,} tokens of a rank at 400 GB/s, {traffic.hidden_at_network:,} at 50 GB/s"
     yield "  hidden", f"behind {need} (495 TFLOP/s); a step has {traffic.tokens_per_rank:,}"
+
+
+def _checkpoints(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str]]:
+    """What one costs by estimate, and how often it pays."""
+    from launcher.plan.disk import checkpoint_bytes, size_text
+    from launcher.plan.saving import best_interval, estimated_cost, lost_s, stop_lead_s, useful_share
+
+    keys = recipe.checkpoint
+    cost = estimated_cost(recipe, plan)
+    assert plan.parameters is not None
+    assert cost is not None
+    whole = size_text(checkpoint_bytes(recipe, plan.parameters))
+    still = f"training stands still for {_duration(cost.blocked_s)}"
+    yield "checkpoint", f"{whole}: durable after {_duration(cost.durable_s)} (1 GB/s a node), {still}"
+    hours = 24.0 if keys.mttf_hours is None else keys.mttf_hours
+    best = best_interval(cost, mttf_s=3600 * hours, lead_s=stop_lead_s(recipe.cluster))
+    lost = f"a failure then costs {_duration(lost_s(best.seconds, cost))} of work"
+    share = useful_share(best.seconds, cost, mttf_s=3600 * hours)
+    text = f"every {_duration(best.seconds)} with a failure every {hours:g} h: {best.reason}; {lost}, "
+    text += f"{share:.1%} of the time is training that counts"
+    advice = "" if keys.every_steps == "auto" else f" (checkpoint.every_steps=auto checkpoint.mttf_hours={hours:g})"
+    yield "  interval", f"{'is' if keys.every_steps == 'auto' else 'pays'} {text}{advice}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 5400:
+        return f"{seconds / 3600:.2g} h"
+    return f"{seconds / 60:.2g} min" if seconds >= 90 else f"{seconds:.2g} s"
 
 
 def _epochs(count: float | None) -> str:

@@ -99,6 +99,11 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
         yield f"stop asked  {summary['stop_requested'] or 'no reason given'}"
     checkpoint = summary["last_checkpoint"]
     yield f"checkpoint  {Path(checkpoint['path']).name if checkpoint else 'none yet'}"
+    if every := summary["save_every"]:
+        steps = f", about {every['steps']} steps" if every["steps"] else ""
+        yield f"            every {every['seconds']:.3g} s{steps}: {every['reason']}"
+    if rehearsed := summary["rehearsal"]:
+        yield f"            {_rehearsal(rehearsed)}"
     if summary["attempts"]:
         yield ""
         heading = ("attempt", "started", "target", "job", "reason", "step", "ended")
@@ -116,6 +121,13 @@ def _evaluation(evaluation: dict[str, Any]) -> str:
     sets = evaluation["sets"]
     apart = f" ({', '.join(f'{name} {_loss(loss)}' for name, loss in sets.items())})" if len(sets) > 1 else ""
     return f"loss {_loss(evaluation['loss'])}{apart} at step {evaluation['step']}"
+
+
+def _rehearsal(found: dict[str, Any]) -> str:
+    from launcher.plan.disk import size_text
+
+    load = f"loaded in {found['load_s']:.2g} s"
+    return f"rehearsed: {size_text(found['bytes'])}, durable after {found['durable_s']:.2g} s, {load}"
 
 
 def _guards(counts: dict[str, int]) -> str:

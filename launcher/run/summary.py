@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from launcher.run.files import parse_lines, read_json
 from launcher.run.lease import current_owner
 from launcher.run.ledger import Attempt, CheckpointRef, Failure, attempts, valid_checkpoints
 from launcher.run.left_out import left_out
+from launcher.run.rehearsal import read_rehearsal
 from launcher.run.state import State, read_state
 
 SUMMARY_VERSION = 1
@@ -52,6 +54,8 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
         "attempt": state.attempt,
         "attempts": [_attempt(attempt, logged.get(attempt.number, {}).get("step")) for attempt in known],
         "last_checkpoint": _checkpoint(last),
+        "save_every": state.more.get("save_every"),
+        "rehearsal": asdict(rehearsed) if (rehearsed := read_rehearsal(run)) else None,
         "failure": _failure(run, state, known),
         "loss": _finite(metrics.get("loss")),
         "loss_step": metrics.get("step"),
