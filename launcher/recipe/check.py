@@ -11,6 +11,7 @@ from launcher.recipe import elastic
 from launcher.recipe.compose import Composed, draft, in_order
 from launcher.recipe.paths import (
     check_data_paths,
+    check_mirror,
     check_model_paths,
     check_output_paths,
     check_pod_paths,
@@ -99,6 +100,7 @@ RULES: tuple[Rule, ...] = (
     check_model_paths,
     check_data_paths,
     check_output_paths,
+    check_mirror,
     check_pod_paths,
     sources.data_sources,
     sources.objective,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 from launcher.errors import Problem, nearest
 from launcher.recipe.schema import Recipe, Source
+from launcher.recipe.schema.checkpoint import STORES
 from launcher.shipped import chat_templates
 
 _KINDS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".arrow")
@@ -86,6 +88,7 @@ def check_pod_paths(recipe: Recipe) -> Iterator[Problem]:
             for key in ("chat_template", "cache_dir")
             if (word := getattr(data, key)) and word not in chat_templates()
         },
+        "checkpoint.mirror": (recipe.checkpoint.mirror or "").removeprefix("file://") or None,
     }
     for key, word in words.items():
         if word is not None and looks_like_path(word) and not absolute(word).startswith(mount.rstrip("/") + "/"):
@@ -150,6 +153,23 @@ def check_output_paths(recipe: Recipe) -> Iterator[Problem]:
     for key, word in (("run.dir", recipe.run.dir), ("data.cache_dir", recipe.data.cache_dir)):
         if word is not None and os.path.isfile(absolute(word)):
             yield Problem(key, word, "a folder, this is a file")
+
+
+def check_mirror(recipe: Recipe) -> Iterator[Problem]:
+    """A mirror whose package is not installed, or that lies where the run lies."""
+    key, mirror = "checkpoint.mirror", recipe.checkpoint.mirror
+    if mirror is None:
+        return
+    scheme, mark, path = mirror.rpartition("://")
+    package = STORES.get(scheme)
+    if package is not None and not only_in_pods(recipe) and importlib.util.find_spec(package) is None:
+        expected = f"a store whose package is installed: {scheme}:// needs {package}"
+        yield Problem(key, mirror, expected, "Install the extra: pip install 'train-launcher[cloud]'.")
+    elif not mark or scheme == "file":
+        name, runs = recipe.run.name or "", absolute(recipe.run.dir)
+        place = path.replace("{run}", name) if "{run}" in path else os.path.join(path, name)
+        if os.path.commonpath([os.path.abspath(place), os.path.join(runs, name)]) == os.path.join(runs, name):
+            yield Problem(key, mirror, f"another place than the run itself, {runs}/{name}", because=("run.dir",))
 
 
 def folder_config(name: str | None) -> dict[str, Any] | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from launcher.errors import Problem
+from launcher.errors import Problem, nearest
+
+# what a mirror's URL may begin with -> the package that fsspec reaches it by (extra `cloud`); None: fsspec itself
+STORES = {"file": None, "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,8 +28,9 @@ class Checkpoint:
     rehearse: save, verify and load back a checkpoint before the first step, so that a save that cannot work fails at
         once
     mttf_hours: mean time between failures of the whole job, for every_steps = auto
-    mirror: a path or URL (s3://, gs://) to which checkpoints are copied in the background, and from which a run is
-        restored whose directory is gone; null: none
+    mirror: an absolute path or URL (s3://, gs://, az://) to which checkpoints are copied in the background, and from
+        which a run is restored whose directory or whose checkpoints are gone; {run} stands for the run's name, which
+        else comes last; null: none
     """
 
     every_steps: int | Literal["auto"] | None = 500
@@ -54,3 +59,28 @@ def check(checkpoint: Checkpoint) -> Iterator[Problem]:
         expected = "hours, because checkpoint.every_steps = auto" if auto else "null unless every_steps = auto"
         fix = "Give the hours between two failures of the whole job, e.g. 24." if auto else "Take it away."
         yield Problem("checkpoint.mttf_hours", mttf, expected, fix, because=("checkpoint.every_steps",))
+    yield from _mirror(checkpoint.mirror)
+
+
+def _mirror(mirror: str | None) -> Iterator[Problem]:
+    """What it looks like; whether its package is installed is asked where it is used."""
+    if mirror is None:
+        return
+    key, expected = "checkpoint.mirror", "an absolute path, or a URL as s3://bucket/folder"
+    scheme, mark, rest = mirror.partition("://")
+    if not mark:
+        if not mirror.startswith("/"):
+            fix = "It must mean the same on every machine that starts the run: write the whole path."
+            yield Problem(key, mirror, expected, fix)
+            return
+    elif scheme not in STORES:
+        known = ", ".join(f"{name}://" for name in STORES)
+        yield Problem(key, mirror, f"a URL that begins with one of {known}", nearest(scheme, STORES))
+        return
+    elif "@" in rest.partition("/")[0] and scheme != "abfs":
+        fix = "Secrets are taken from the environment or the store's own configuration."
+        yield Problem(key, mirror, f"{expected}, without a user or password in it", fix)
+    if (mark and not rest.strip("/")) or mirror.strip("/") == "":
+        yield Problem(key, mirror, expected, "Name a folder, or a bucket.")
+    if other := [name for name in re.findall(r"\{([^}]*)\}", mirror) if name != "run"]:
+        yield Problem(key, mirror, f"{{run}} alone in braces, for the run's name, not {{{other[0]}}}")
