@@ -121,7 +121,7 @@ def last_collectives() -> list[dict[str, Any]]:
     """The last collectives of this rank's process groups, oldest first, as torch's flight recorder has them."""
     from torch._C import _distributed_c10d
 
-    found = json.loads(_distributed_c10d._dump_fr_trace_json(True, False))
+    found = json.loads(_distributed_c10d._dump_fr_trace_json(True, False))  # type: ignore[attr-defined]
     return [
         {
             "group": entry["process_group"][0], "number": entry["collective_seq_id"], "name": entry["profiling_name"],
