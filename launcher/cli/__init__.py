@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "runs": ("launcher.cli.runs", "List runs with their states."),
     "status": ("launcher.cli.status", "Say how a run stands: state, step, attempts, failures."),
     "logs": ("launcher.cli.logs", "Print a rank's log."),
+    "checkpoint": ("launcher.cli.checkpoint", "Look after a run's checkpoints: list, verify, prune, repair."),
     "import-checkpoint": (
         "launcher.cli.import_checkpoint",
         "Make a new run that goes on from another tool's checkpoint.",

@@ -146,6 +146,21 @@ def _withdraw(folder: Path) -> bool:
     return True
 
 
+def is_read(folder: Path) -> bool:
+    """Whether somebody holds the checkpoint now."""
+    try:
+        handle = os.open(folder / MARKER, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        _lock(handle, fcntl.LOCK_EX)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 def discard(folder: Path) -> None:
     """Remove a checkpoint folder, whoever reads it: first its marker, durably, then the rest.
 

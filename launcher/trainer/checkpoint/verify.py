@@ -225,7 +225,8 @@ def read_table(folder: Path, manifest: Manifest) -> Table:
     """
     names = {name: i for i, name in enumerate(manifest["params"])}
     kinds = {kind: i for i, kind in enumerate(manifest["kinds"])}
-    rows, found = [], _strangers(folder, manifest)
+    rows = []
+    found = [f"{folder.name}/{name}: does not belong to this checkpoint" for name in strangers(folder, manifest)]
     for rank, record in enumerate(manifest["files"]):
         place = f"{folder.name}/{record['file']}"
         try:
@@ -259,11 +260,11 @@ def read_table(folder: Path, manifest: Manifest) -> Table:
     return table
 
 
-def _strangers(folder: Path, manifest: Manifest) -> list[str]:
+def strangers(folder: Path, manifest: Manifest) -> list[str]:
+    """Names of files that look like this checkpoint's and are not in its manifest."""
     known = {record["file"] for record in all_files(manifest)}
     written = (path.name for pattern in ("rank-*", "stream-*") for path in folder.glob(pattern))
-    found = sorted(name for name in written if name not in known)
-    return [f"{folder.name}/{name}: does not belong to this checkpoint" for name in found]
+    return sorted(name for name in written if name not in known)
 
 
 def expected_ranges(manifest: Manifest) -> dict[tuple[str, str], int]:
