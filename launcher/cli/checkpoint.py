@@ -126,9 +126,9 @@ def prune(run: str, keep_last: int, keep_every: int | None, dry_run: bool, as_js
 def repair(run: str, source: str | None, as_json: bool) -> int:
     """Mend a run whose checkpoints are bad, so that it can go on; delete nothing, and start no training.
 
-    Bad files are replaced by their copies in the mirror. What stays bad is put aside in checkpoints/bad with the reason,
-    and the run goes on from the newest good one. A run that trains is refused. With --from, a run whose directory is
-    gone is brought back. Ends with 1 where no checkpoint is good in the end; then none is put aside.
+    Bad files are replaced by their copies in the mirror. What stays bad is put aside in checkpoints/bad with the
+    reason, and the run goes on from the newest good one. A run that trains is refused. With --from, a run whose
+    directory is gone is brought back. Ends with 1 where no checkpoint is good in the end; then none is put aside.
 
     example: launcher checkpoint repair runs/quickstart
     """
@@ -213,10 +213,9 @@ def _listed(found: list[Entry], takes: str | None) -> Iterator[str]:
 def _cells(entry: Entry, takes: str | None, *, mirrored: bool) -> tuple[str, ...]:
     from launcher.plan.disk import size_text
 
-    cells = (
-        entry.name, str(entry.step), str(entry.attempt), clock(entry.time), size_text(entry.bytes) if entry.bytes else "-",
-        str(entry.ranks or "-"), entry.strategy or "-", entry.state,
-    )  # fmt: skip
+    size = size_text(entry.bytes) if entry.bytes else "-"
+    ranks, strategy = str(entry.ranks or "-"), entry.strategy or "-"
+    cells = (entry.name, str(entry.step), str(entry.attempt), clock(entry.time), size, ranks, strategy, entry.state)
     mark = "<- a resume goes on from here" if entry.name == takes else ""
     return (*cells, "yes" if entry.mirrored else "no", mark) if mirrored else (*cells, mark)
 
@@ -243,4 +242,4 @@ def _pruned(done: Pruned, *, dry_run: bool) -> Iterator[str]:
     would = "would be " if dry_run else ""
     for name in done.deleted:
         yield f"{name}: {would}deleted"
-    yield f"{size_text(done.freed)} {would}freed, {len(done.kept)} checkpoints stay: {', '.join(done.kept) or 'none'}"
+    yield f"{size_text(done.freed)} {would}freed; what stays: {', '.join(done.kept) or 'nothing'}"

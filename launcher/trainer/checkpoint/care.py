@@ -130,7 +130,8 @@ def prune(run: RunDirectory, *, keep_last: int, keep_every_steps: int | None, dr
             good += state == "good"
             done.bad += [ref.path.name] if state == "bad" else []
     if refs and not good:
-        raise UserError(f"{run.path}: no checkpoint is good, so none is deleted. Try: launcher checkpoint repair {run.path}")
+        fix = f"Try: launcher checkpoint repair {run.path}"
+        raise UserError(f"{run.path}: no checkpoint is good, so none is deleted. {fix}")
     sound = [ref for ref in refs if ref.path.name not in done.bad]
     names = kept(sound, keep_last=keep_last, keep_every_steps=keep_every_steps)
     at_rest = current_owner(run)[1] is False
