@@ -1,0 +1,62 @@
+"""The hash of what ranks hold in common, and who is named where they differ."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from launcher.trainer import replicas
+from launcher.trainer.replicas import differing, fingerprint, message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8])
+def test_every_single_flipped_bit_changes_the_hash(dtype):
+    values = torch.randn(16).to(dtype)
+    clean = fingerprint(values).item()
+    raw = values.view(torch.uint8)
+    for at in range(raw.numel()):
+        for bit in range(8):
+            raw[at] ^= 1 << bit
+            assert fingerprint(values).item() != clean
+            raw[at] ^= 1 << bit
+    assert fingerprint(values).item() == clean
+
+
+def test_order_and_place_count_and_parts_are_hashed_as_a_whole(monkeypatch):
+    values = torch.randn(1000)
+    swapped = values.clone()
+    swapped[[3, 900]] = swapped[[900, 3]]
+    assert fingerprint(values) != fingerprint(swapped)
+    monkeypatch.setattr(replicas, "_PART", 128)
+    assert fingerprint(values) != fingerprint(swapped)
+    assert fingerprint(values) == fingerprint(values.clone())
+
+
+def test_nan_and_signed_zero_are_told_apart_by_their_bits():
+    assert fingerprint(torch.tensor([0.0])) != fingerprint(torch.tensor([-0.0]))
+    nan = torch.tensor([float("nan")])
+    assert fingerprint(nan) == fingerprint(nan.clone())
+
+
+def test_the_minority_is_named_and_two_that_differ_are_both_named():
+    assert differing([(0, 7)] * 4) is None
+    assert differing([(0, 7), (0, 7), (0, 8), (0, 7)]) == ([2], [0, 1, 3])
+    assert differing([(0, 7), (0, 8), (0, 9), (0, 7), (0, 7)]) == ([1, 2], [0, 3, 4])
+    assert differing([(0, 7), (0, 8)]) == ([0, 1], [])
+    assert differing([(0, 1), (0, 2), (0, 2), (0, 1)]) == ([0, 1, 2, 3], [])
+
+
+def test_ranks_are_compared_with_those_of_their_own_part_alone():
+    assert differing([(0, 7), (1, 9), (0, 7), (1, 9)]) is None
+    assert differing([(0, 7), (1, 9), (0, 7), (1, 8), (0, 7), (1, 9)]) == ([3], [1, 5])
+
+
+def test_the_message_names_rank_node_tensor_and_the_way_on():
+    hashes = [[1, 2, 3], [1, 5, 6], [1, 2, 3]]
+    said = message(12, ([1], [0, 2]), ["a", "b", "a"], ["x", "y", "z"], hashes)
+    assert said.startswith(
+        "after step 12: rank 1 on b holds other weights than the other 2 ranks, first in y and 1 more"
+    )
+    assert "the run can go on from it" in said
+    two = message(4, ([0, 1], []), ["a", "b"], ["x"], [[1], [2]])
+    assert "rank 0 on a and rank 1 on b hold different weights, and no majority" in two
