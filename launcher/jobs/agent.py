@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from launcher.jobs import rank, scratch, warm
+from launcher.jobs.ending import Ending
 from launcher.jobs.silent import MemoryKills
+from launcher.jobs.starting import Starting
 from launcher.run.output import PatientStream
 
 
@@ -50,6 +52,7 @@ class Agent:
         self._error: BaseException | None = None
         self._first = len(RankProcess.started)
         self._kills = MemoryKills()
+        self._starting = Starting(self._on_their_way, log.parent, ranks=ranks)
         ForkServerContext.Process = RankProcess  # type: ignore[assignment]  # torch takes its processes from there
         server = warm.server_pid()
         assert server is not None, "warm.start() comes first"
@@ -65,6 +68,11 @@ class Agent:
     def join(self, *, timeout_s: float) -> None:
         """Wait for the end, so long at most."""
         self._thread.join(timeout_s)
+
+    def stuck(self) -> Ending | None:
+        """How the attempt ends where it is certain that ranks of this node will not come into being."""
+        why = self._starting.stuck()
+        return None if why is None else Ending(status="failed", failure_class="hang", message=why)
 
     def kill_ranks(self) -> None:
         """End this node's ranks at once, also one that is stopped or has only just begun."""
@@ -91,6 +99,13 @@ class Agent:
             for rank, process in processes
             if process.exitcode and not process.ended_by_us
         }
+
+    def _on_their_way(self) -> dict[int, str]:
+        ranks = [process.pid for process in RankProcess.started[self._first :]]
+        server = warm.server_pid()
+        if RankProcess.asked and server is not None:
+            return {server: warm.NAME}
+        return {pid: "a rank that has just been started" for pid in ranks if pid is not None}
 
     def _host(self, run_id: str, ranks: int, node: Node, arguments: tuple[Any, ...], log: Path) -> None:
         try:
@@ -131,11 +146,16 @@ class RankProcess(ForkServerProcess):
     """
 
     started: ClassVar[list[RankProcess]] = []  # of this launcher, in the order of local ranks
+    asked: ClassVar[bool] = False  # the fork server has been asked for one more
     ended_by_us = False
 
     def start(self) -> None:
         *_, self._error_file = self._args  # type: ignore[attr-defined]  # torch.multiprocessing.spawn._wrap; gone later
-        super().start()
+        RankProcess.asked = True
+        try:
+            super().start()
+        finally:
+            RankProcess.asked = False
         self.started.append(self)
 
     def discard_error_file(self) -> None:

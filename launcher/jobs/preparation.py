@@ -79,11 +79,13 @@ def prepare_in_child(run: RunDirectory, *, progress: Progress, stop: Callable[[]
 
     Raises:
         UserError: what the data say is wrong; StopAsked: `stop` said so; PreparationError: anything else
+        warm.StandsStill: the process that was to start it
     """
     receiver, sender = warm.context().Pipe(duplex=False)
     child = warm.context().Process(target=rank.prepare, args=(str(run.path), warm.server_pid(), sender))
     try:
-        child.start()
+        if not warm.begin(child, stop=stop):
+            raise StopAsked
     except (EOFError, ConnectionError):
         raise PreparationError("the fork server ended while it imported the trainer; what it said is above") from None
     sender.close()

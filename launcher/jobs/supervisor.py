@@ -30,6 +30,7 @@ from launcher.jobs.preparation import PreparationError, StopAsked, agrees, compl
 from launcher.jobs.signals import Signals
 from launcher.jobs.spec import job_spec, stop_after_s
 from launcher.jobs.targets import render
+from launcher.jobs.watch import Watch
 from launcher.plan import Plan, make_plan
 from launcher.recipe.schema import Recipe
 from launcher.run.control import (
@@ -226,19 +227,26 @@ def supervise(
     if node.rank == 0 or find_submission() is None:  # a scheduler shows what its nodes print as one text
         logs = run.logs(attempt, machine.name).parent
         console.watch(logs=logs, metrics=run.metrics_file, total_steps=_total_steps(run))
+    watch = Watch(
+        run, recipe.cluster, attempt, node=machine.name, ranks=plan.nproc_per_node, say=console.say, meeting=meeting
+    )
     agent = Agent(
         run=run.path,
         attempt=attempt,
         run_id=run.path.name,
         ranks=plan.nproc_per_node,
         node=node,
-        environment={**machine.environment(), **node.environment},
+        environment={**machine.environment(), **node.environment, **watch.environment},
         log=run.logs(attempt, machine.name) / f"agent-{node.rank}.log",
     )
     deadline, named = stop_at(recipe, started), False
     for _ in ticks(lambda: agent.done() or signals.at_once):
         pass_on_stop(run, signals, deadline, console.say)
         console.poll()
+        if (hung := watch.look() or agent.stuck()) is not None and not agent.done():
+            _end_ranks(agent, grace_s=0)
+            console.close()
+            return hung
         if meeting is None:
             continue
         if node.rank == 0 and (more := meeting.growth()) is not None:
@@ -317,6 +325,8 @@ def prepared(
         return Ending(
             status="failed", failure_class="data", message="the data could not be prepared", traceback=str(error)
         )
+    except warm.StandsStill as error:
+        return Ending(status="failed", failure_class="hang", message=str(error))
     except StopAsked:
         if meeting is not None and (disturbed := meeting.disturbance()) is not None:
             return disturbed

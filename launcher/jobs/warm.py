@@ -7,15 +7,19 @@ import multiprocessing.context
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 from launcher.jobs import scratch
 from launcher.jobs.signals import STOPPING
+from launcher.jobs.starting import Still
 from launcher.jobs.tether import PARENT
 from launcher.trainer.preload import modules
+
+NAME = "the process that starts the ranks"
+_POLL_S = 0.02
 
 
 def start(kind: str = "ddp", device: str = "cpu") -> None:
@@ -53,10 +57,52 @@ def _held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class StandsStill(Exception):
+    """The fork server does nothing; the text says so."""
+
+
+def begin(process: Any, *, stop: Callable[[], bool]) -> bool:
+    """Start a process of this context, without waiting for a fork server that stands still; whether it was started.
+
+    stop: asked again and again; it is not started when it says so
+
+    Raises:
+        StandsStill: the fork server, which is killed then; EOFError, ConnectionError: it has ended.
+    """
+    failed: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            process.start()
+        except BaseException as error:
+            failed.append(error)
+
+    thread, still = threading.Thread(target=start, name="start", daemon=True), Still()
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_S)
+        server = server_pid()
+        why = None if server is None else still.found({server: NAME})
+        if why is not None or (thread.is_alive() and stop()):
+            _kill_server()  # which ends the wait
+            thread.join()
+            if why is not None:
+                raise StandsStill(why)
+            return False
+    if failed:
+        raise failed[0]
+    return True
+
+
 def stop() -> None:
     """Kill the fork server and with it every process it started; the next `start` makes a new one."""
+    _kill_server()
+
+
+def _kill_server() -> None:
     if (pid := server_pid()) is not None:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def renew(kind: str, device: str) -> None:
