@@ -78,7 +78,7 @@ def collect(folder: Path, pulses: Sequence[tuple[Pulse, Beat, float]], node: str
         folder: of the heartbeats
         pulses: of each rank its file, its last beat, and for how long there was no other
     """
-    before = {pulse.rank: _state(pulse.pid) for pulse, _, _ in pulses}
+    before = {pulse.rank: state_of(pulse.pid) for pulse, _, _ in pulses}
     sizes = {pulse.rank: _size(stack_file(folder, pulse.rank)) for pulse, _, _ in pulses}
     for pulse, _, _ in pulses:
         answer_file(folder, pulse.rank).unlink(missing_ok=True)
@@ -94,7 +94,7 @@ def collect(folder: Path, pulses: Sequence[tuple[Pulse, Beat, float]], node: str
         }  # fmt: skip
     found = []
     for pulse, beat, still_s in pulses:
-        now, first = _state(pulse.pid), before[pulse.rank]
+        now, first = state_of(pulse.pid), before[pulse.rank]
         stack = _main_thread(_text(stack_file(folder, pulse.rank))[sizes[pulse.rank] :])
         found.append(Evidence(
             rank=pulse.rank, node=node, pid=pulse.pid, step=beat.step, phase=beat.phase, still_s=still_s,
@@ -260,7 +260,7 @@ def _waits(frame: str) -> bool:
     return "(torch/distributed/" in frame or frame.startswith(_WAITS)
 
 
-def _state(pid: int) -> str:
+def state_of(pid: int) -> str:
     """The letter of /proc for a process, `t` (traced) as T; empty if there is none."""
     rest = _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return {"t": "T", "I": "S"}.get(rest[0], rest[0]) if rest else ""

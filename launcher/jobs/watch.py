@@ -36,6 +36,7 @@ _SLOWEST = 64  # long gaps between beats that are remembered
 _PACE_S = 1.0  # between looks at paces
 _EVIDENCE_S = evidence.ANSWER_S + 6 * BEAT_S  # for other nodes to tell what they find
 _STEPPING = ("data", "forward", "step", "report")
+_STOPPED = (-1, -1)  # the place of a rank that everybody waits for, wherever it is
 _TRACEBACK_FRAMES = 30
 
 
@@ -135,15 +136,15 @@ class Watch:
             rank.first_step = beat.step
         rank.beat, rank.since = beat, self._awake
 
-    def _limit_s(self, rank: _Rank) -> float:
-        """For how long this rank may stand still where it is."""
+    def _limit_s(self, rank: _Rank, *, stopped: bool = False) -> float:
+        """For how long this rank may stand still where it is; one whose process is stopped is in nothing long."""
         if self._timeout is None:
             return math.inf
         if isinstance(self._timeout, int):
             limit = float(self._timeout)
         else:
             limit = max(FLOOR_S, TIMES * max(rank.gaps, default=0.0))
-        long = rank.beat.phase not in _STEPPING or rank.steps < _LEARNT_STEPS
+        long = not stopped and (rank.beat.phase not in _STEPPING or rank.steps < _LEARNT_STEPS)
         return max(limit, LONG_S) if long else limit
 
     def _hindmost(self) -> tuple[tuple[int, int], float] | None:
@@ -151,9 +152,17 @@ class Watch:
         below 0 while one is not); a rank that is further on may only wait for them."""
         if len(self._ranks) < self._count:
             return None
+        for rank in self._ranks.values():
+            over = self._still_s(rank) - self._limit_s(rank, stopped=True)
+            if over >= 0 and evidence.state_of(rank.pulse.pid) == "T":
+                return _STOPPED, over
         place = min(rank.place for rank in self._ranks.values())
         last = [rank for rank in self._ranks.values() if rank.place == place]
-        return place, min(self._awake - max(rank.since, self._held) - self._limit_s(rank) for rank in last)
+        return place, min(self._still_s(rank) - self._limit_s(rank) for rank in last)
+
+    def _still_s(self, rank: _Rank) -> float:
+        """For how long it has made no beat, as far as that counts."""
+        return self._awake - max(rank.since, self._held)
 
     def _traced(self) -> int | None:
         """A rank of this node that a debugger holds."""
