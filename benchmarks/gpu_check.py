@@ -32,7 +32,7 @@ PACKAGES = (
     "flash-attn-4", "numpy", "xxhash",
 )  # fmt: skip
 LIMIT_S = 240  # of one check in a process of its own
-NAMES = ("attention", "attention-speed", "liger", "parity", "checkpoint", "activations", "compile", "speed")
+NAMES = ("attention", "attention-speed", "liger", "parity", "checkpoint", "activations", "compile", "faults", "speed")
 
 
 def main() -> int:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+import os
+import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +33,7 @@ LIGER = {
     "gemma3_text": {"sliding_window": 64}, "olmo2": {}, "phi3": {"pad_token_id": 0}, "granite": {},
     "smollm3": {"pad_token_id": 0},
 }  # fmt: skip
+FAULT_S = 10  # from an error of one rank to the end of all
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
@@ -240,6 +246,23 @@ def check_speed(place: Place) -> Iterator[Row]:
             yield Row("speed", case, "failed", _first_line(error))
 
 
+def check_faults(place: Place) -> Iterator[Row]:
+    """F36: out of memory, a device-side error, a broken collective: the rank ends at once and says which it was."""
+    cases = {"oom": ("out_of_memory", 1), "xid": ("node", 1), "nccl": ("communication", 2)}
+    for fault, (expected, ranks) in cases.items():
+        if fault == "xid" and not place.gpu:
+            yield Row("faults", f"F36 {fault}", "skipped", "needs a GPU")
+            continue
+        said = _faulty_ranks(fault, ranks, cpu=not place.gpu)
+        if not isinstance(said, dict):
+            yield Row("faults", f"F36 {fault}", "failed", said)
+            continue
+        seconds, recorded = said["seconds"], " ".join(said["collectives"][-1:])
+        good = said["class"] == expected and seconds < FAULT_S and "all_reduce" in recorded
+        text = f"{said['class']} in {seconds:.1f} s (< {FAULT_S}), last collective {recorded}; {said['text']}"
+        yield Row("faults", f"F36 {fault}", "ok" if good else "failed", text[:300], {"seconds": seconds})
+
+
 CHECKS: dict[str, Check] = {
     "attention": check_attention,
     "attention-speed": check_attention_speed,
@@ -248,8 +271,36 @@ CHECKS: dict[str, Check] = {
     "checkpoint": check_checkpoint,
     "activations": check_activations,
     "compile": check_compile,
+    "faults": check_faults,
     "speed": check_speed,
 }
+
+
+def _faulty_ranks(fault: str, ranks: int, *, cpu: bool) -> dict[str, Any] | str:
+    """What rank 0 said of a fault, or why it said nothing."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    script = Path(__file__).with_name("gpu_faults.py")
+    command = [sys.executable, str(script), fault, *(["--cpu"] if cpu else [])]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+    started = [
+        subprocess.Popen(
+            command, env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    try:
+        output, trouble = started[0].communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        return "rank 0 still stood there after 120 s"
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else f"rank 0 said nothing: {' | '.join(trouble.splitlines()[-2:])}"
 
 
 def _first_line(error: BaseException) -> str:

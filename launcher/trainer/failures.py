@@ -16,6 +16,10 @@ _NETWORK = (
     "rendezvous", "tcpstore", "timed out waiting", "wait timeout", "peer",
 )  # fmt: skip
 _MEMORY = ("out of memory", "can't allocate memory", "defaultcpuallocator", "cannot allocate memory")
+_DEVICE = (  # a GPU that another process, or another node, has to take up again: what the driver logs as an Xid
+    "cuda error", "uncorrectable ecc", "device-side assert", "illegal memory access", "unspecified launch failure",
+    "nvlink", "devices are busy or unavailable", "cublas_status", "cudnn_status",
+)  # fmt: skip
 _NODE = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -85,5 +89,7 @@ def failure_class(error: BaseException) -> FailureClass:
     if isinstance(error, (dist.DistError, ConnectionError)) or any(word in text for word in _NETWORK):
         return "communication"
     if isinstance(error, OSError) and error.errno in _NODE:
+        return "node"
+    if any(word in text for word in _DEVICE):
         return "node"
     return "unknown"
