@@ -6,6 +6,7 @@ still for `LOST_S` is lost to the others. A node that comes while the others tra
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -266,6 +267,17 @@ class Meeting:
     def told(self) -> dict[int, str]:
         """By node rank what was told last: on node 0 by each of the others, elsewhere by node 0."""
         return dict(self._watch.words)
+
+    def give_up(self, ending: Ending) -> None:
+        """On the others: why the ranks of this node were ended, which ends the attempt; node 0 says how it counts."""
+        if self.node.rank > 0 and self._node_0_answers():
+            with contextlib.suppress(RuntimeError):
+                self._store.set(_key("gave-up"), json.dumps([self.attempt, _brief(ending)]))
+
+    def given_up(self) -> Ending | None:
+        """On node 0: why another node has ended its ranks in this attempt; None if none has."""
+        attempt, ending = self._watch.gave_up
+        return ending if attempt == self.attempt else None
 
     def growth(self) -> str | None:
         """On node 0, once an attempt: which nodes wait to be taken in; None if none does, or others may come yet."""
@@ -590,6 +602,7 @@ class _Watch:
         self._replaced: set[int] = set()  # members whose number another process has taken since the attempt began
         self._read = 0  # arrivals
         self.word, self.words = "", dict[int, str]()  # what this node tells, and what others have told last
+        self.gave_up: tuple[int, Ending | None] = (0, None)  # of which attempt another node ended its ranks, and why
         self._broken_at: float | None = None
         self._ended = threading.Event()
         if node.rank > 0:
@@ -651,7 +664,7 @@ class _Watch:
                     said = word
                 if self._node.rank == 0:
                     self._read_arrivals()
-                    self._hear_stop()
+                    self._hear()
                 for rank, seen in list(self._seen.items()):
                     if self._store.check([_key("told", rank)]):
                         self.words[rank] = self._store.get(_key("told", rank)).decode()
@@ -676,7 +689,10 @@ class _Watch:
         now = time.monotonic()
         self._seen[rank] = _Seen(json.loads(registration)[0], _beat_key(rank, registration), came=now, moved=now)
 
-    def _hear_stop(self) -> None:
-        """Another node's signal, also where the attempts pause."""
+    def _hear(self) -> None:
+        """Another node's signal, also where the attempts pause, and why one gave up."""
+        if self._store.check([_key("gave-up")]):
+            attempt, ending = json.loads(self._store.get(_key("gave-up")))
+            self.gave_up = attempt, _full(ending)
         if self._signals.stop is None and self._store.check([_key("stop")]):
             self._signals.stop = self._store.get(_key("stop")).decode()

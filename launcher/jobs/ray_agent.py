@@ -5,6 +5,7 @@ The driver makes an actor of `RayAgent`; nothing here decides about restarts.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.run.control import read_verdict
+from launcher.run.control import GROW, read_verdict, request_stop
 from launcher.run.directory import RunDirectory
 
 _POLL_S = 1.0  # an empty answer after that long
@@ -30,11 +31,12 @@ _WORKER = (  # in the agent's child: it dies with the agent, and gets the signal
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """A node as the others reach it: its name, its address, and a port of it that is free now."""
+    """A node as the others reach it: its name, its address, and a port of it that is free now; Ray's id of it."""
 
     name: str
     address: str
     port: int
+    node_id: str
 
 
 class RayAgent:
@@ -50,11 +52,13 @@ class RayAgent:
 
     def meeting(self) -> Meeting:
         """Where the other nodes reach this one: the address by which the cluster knows it, and a free port."""
+        import ray
         from ray.util import get_node_ip_address
 
+        node_id = ray.get_runtime_context().get_node_id()
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return Meeting(socket.gethostname(), get_node_ip_address(), int(probe.getsockname()[1]))
+            return Meeting(socket.gethostname(), get_node_ip_address(), int(probe.getsockname()[1]), node_id)
 
     def verdict(self) -> tuple[str | None, int]:
         """The run's verdict and when it was written (ns), which tells an old one from a new one."""
@@ -94,6 +98,11 @@ class RayAgent:
             self._stopping = True
             if self._process is not None and self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
+
+    def grow(self, why: str) -> None:
+        """Ask for a checkpoint and another start, with more nodes; one attempt's request, which its end takes back."""
+        with contextlib.suppress(OSError):
+            request_stop(self._run, f"{GROW}: {why}")
 
     def kill(self) -> None:
         """End the worker and its ranks at once; they die with it."""

@@ -28,6 +28,8 @@ AGAIN = "starting again on a new set of nodes"
 _INITS = 5  # tries to make a cluster of this machine
 _POLL_S = 0.5
 _PATIENCE_S = 5.0  # before waiting for nodes is worth a line
+_MORE_S = 30.0  # at the first start, for the rest of the nodes where fewer suffice
+_GROW_EVERY_S = 10.0  # between looks for room in the cluster, and before the run is asked again for the checkpoint
 _REST_S = 60.0  # what the other nodes are given to end by themselves once one has ended
 _LAST_WORDS_S = 15.0  # the same where node 0 is lost, whose end the others notice at once if they can
 
@@ -191,6 +193,7 @@ class Driver:
     stop: Stop
     _verdict: tuple[str | None, int] = field(default=(None, 0))
     _deaths: int = 0  # attempts that ended without a verdict
+    _growing: bool = False  # the attempt has been asked to make room for more nodes
 
     def drive(self) -> int:
         """Run to the end; the driver's exit code.
@@ -220,10 +223,11 @@ class Driver:
         """One attempt on nodes of its own; the worker's exit code on node 0, None if it went without one."""
         from ray.util import remove_placement_group
 
-        group = self._reserve()
+        group = self._reserve(first=restart == self.task.first_restart)
         if group is None:
             return EXIT_PREEMPTED
         nodes: list[_Node] = []
+        self._growing = False
         try:
             nodes = self._agents(group)
             if (code := self._word_since(nodes[0])) is not None:
@@ -246,26 +250,50 @@ class Driver:
 
     # nodes
 
-    def _reserve(self) -> Any:
-        """A placement group with a node for each agent, waited for; None if the job is to stop meanwhile."""
+    def _reserve(self, *, first: bool) -> Any:
+        """A placement group with a node for each agent, waited for; None if the job is to stop meanwhile.
+
+        With cluster.min_nodes it has as many nodes as there are, once all have been waited for: for long at the first
+        start, else for a moment, since the run grows anyway when the cluster has room.
+        """
         from ray.util import placement_group, remove_placement_group
 
-        bundle, count = self._bundle(), self.task.cluster.nodes
-        group = placement_group([bundle] * count, strategy="STRICT_SPREAD")
-        ready, began, told = group.ready(), time.monotonic(), ""
+        bundle, cluster = self._bundle(), self.task.cluster
+        group, began, told = placement_group([bundle] * cluster.nodes, strategy="STRICT_SPREAD"), time.monotonic(), ""
+        ready, asked_at = group.ready(), began
         while not self.ray.wait([ready], timeout=_POLL_S)[0]:
             waited = time.monotonic() - began
-            missing = self._missing(bundle, count)
+            missing = self._missing(bundle)
             if self.stop.why is not None:
                 remove_placement_group(group)
                 return None
-            if waited > (limit := self.task.cluster.join_timeout_s):
+            if waited > (limit := cluster.join_timeout_s):
                 remove_placement_group(group)
                 raise UserError(f"{missing}; gave up after {limit} s (cluster.join_timeout_s).")
+            if time.monotonic() - asked_at > (_MORE_S if first else _PATIENCE_S) and (count := self._suffice(bundle)):
+                remove_placement_group(group)
+                group, asked_at = placement_group([bundle] * count, strategy="STRICT_SPREAD"), time.monotonic()
+                ready = group.ready()
+                say(f"{count} of {cluster.nodes} nodes are there, {cluster.min_nodes} suffice")
             if waited > _PATIENCE_S and missing != told:
                 say(f"{missing}{WAITING}{limit} s")
                 told = missing
         return group
+
+    def _suffice(self, bundle: dict[str, float]) -> int:
+        """How many nodes a job with cluster.min_nodes can have now, as far as it wants them; 0: not enough."""
+        cluster = self.task.cluster
+        if cluster.min_nodes is None:
+            return 0
+        free = min(len(self._free(bundle)), cluster.nodes)
+        return free if free >= cluster.min_nodes else 0
+
+    def _free(self, bundle: dict[str, float]) -> set[str]:
+        """Ids of the nodes that have a bundle free now."""
+        from ray._private.state import available_resources_per_node
+
+        alive = {node["NodeID"] for node in self.ray.nodes() if node["Alive"]}
+        return {id for id, free in available_resources_per_node().items() if id in alive and _fits(bundle, free)}
 
     def _bundle(self) -> dict[str, float]:
         """What each agent reserves. GPUs where the recipe wants them, or does not say and the cluster has some."""
@@ -276,16 +304,15 @@ class Driver:
         gpus = {"GPU": float(cluster.nproc_per_node)} if wanted else {}
         return {"CPU": float(cpus), **gpus, **cluster.ray.resources}
 
-    def _missing(self, bundle: dict[str, float], count: int) -> str:
+    def _missing(self, bundle: dict[str, float]) -> str:
         """What was asked for against what there is."""
-        from ray._private.state import available_resources_per_node
-
+        count, least = self.task.cluster.nodes, self.task.cluster.min_nodes
+        wanted = f"{count} node{'s' * (count > 1)}" if least is None else f"{least} to {count} nodes"
         alive = [node for node in self.ray.nodes() if node["Alive"]]
         large = [node["NodeID"] for node in alive if _fits(bundle, node["Resources"])]
-        free = available_resources_per_node()
-        now = sum(_fits(bundle, free.get(node, {})) for node in large)
+        now = len(self._free(bundle) & set(large))
         return (
-            f"the job asks for {count} node{'s' * (count > 1)} with {_shown(bundle)} each: of the cluster's "
+            f"the job asks for {wanted} with {_shown(bundle)} each: of the cluster's "
             f"{len(alive)} nodes {len(large)} have that, {now} have it free now"
         )
 
@@ -305,7 +332,7 @@ class Driver:
                 max_concurrency=4,
                 max_restarts=0,
             ).remote(self.task.run)
-            for rank in range(self.task.cluster.nodes)
+            for rank in range(group.bundle_count)
         ]
         meetings = self._all([actor.meeting.remote() for actor in actors])
         return [_Node(rank, actor, meeting) for rank, (actor, meeting) in enumerate(zip(actors, meetings, strict=True))]
@@ -351,8 +378,11 @@ class Driver:
     def _watch(self, nodes: list[_Node]) -> int | None:
         """Pass lines on until every node has ended; node 0 speaks for the attempt, another one where that is lost."""
         polls = {node.actor.poll.remote(): node for node in nodes}
-        asked, deadline = False, float("inf")
+        asked, deadline, looked = False, float("inf"), time.monotonic()
         while polls:
+            if not asked and len(polls) == len(nodes) and time.monotonic() - looked >= _GROW_EVERY_S:
+                looked = time.monotonic()
+                self._grow(nodes)
             for poll in self.ray.wait(list(polls), timeout=_POLL_S)[0]:
                 node = polls.pop(poll)
                 if self._heard(node, poll):
@@ -371,6 +401,24 @@ class Driver:
         if nodes[0].ended and not nodes[0].lost:
             return nodes[0].code
         return next((node.code for node in nodes if node.code in (EXIT_FAILED, EXIT_USER_ERROR, EXIT_PREEMPTED)), None)
+
+    def _grow(self, nodes: list[_Node]) -> None:
+        """Ask for a checkpoint and a start with more nodes where the cluster has room for them.
+
+        Asked again until it is served, since a start of the run takes an older request back.
+        """
+        cluster = self.task.cluster
+        if cluster.min_nodes is None or len(nodes) == cluster.nodes:
+            return
+        room = self._free(self._bundle()) - {node.meeting.node_id for node in nodes}
+        if not room:
+            return
+        more = min(len(room), cluster.nodes - len(nodes))
+        text = f"room for {more} more in the cluster, {len(nodes)} of {cluster.nodes} take part"
+        if not self._growing:
+            say(f"{text}: the run writes a checkpoint and starts with them")
+        self._growing = True
+        nodes[0].actor.grow.remote(text)
 
     def _heard(self, node: _Node, poll: Any) -> bool:
         """Print what a node says; whether there is more to come."""

@@ -243,9 +243,12 @@ def supervise(
     for _ in ticks(lambda: agent.done() or signals.at_once):
         pass_on_stop(run, signals, deadline, console.say)
         console.poll()
-        if (hung := watch.look() or agent.stuck()) is not None and not agent.done():
+        elsewhere_stuck = meeting.given_up() if meeting is not None else None
+        if (hung := watch.look() or agent.stuck() or elsewhere_stuck) is not None and not agent.done():
             _end_ranks(agent, grace_s=0)
             console.close()
+            if meeting is not None:
+                meeting.give_up(hung)
             return hung
         if meeting is None:
             continue
@@ -518,7 +521,7 @@ def _by_hand(run: RunDirectory, number: int) -> Attempt | None:
 
 def _how_to_go_on(run: RunDirectory, number: int) -> str:
     by_hand = _by_hand(run, number)
-    if by_hand is not None and isinstance(by_hand.nodes, int):
+    if by_hand is not None and (isinstance(by_hand.nodes, int) or len(by_hand.nodes or ()) > 1):
         return "To go on, start every node again, each with its command."
     return f"Go on with: launcher resume {run.path}"
 

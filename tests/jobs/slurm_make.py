@@ -21,6 +21,7 @@ def spec(
     name: str = "big",
     run: Path | str = "/shared/runs/big",
     nodes: int = 2,
+    min_nodes: int | None = None,
     ranks: int = 8,
     accelerator: str = "cuda",
     setup: tuple[str, ...] = (),
@@ -34,8 +35,9 @@ def spec(
 ) -> JobSpec:
     """A job; `keys` are those of cluster.slurm."""
     cluster = Cluster(
-        target="slurm", nodes=nodes, nproc_per_node=ranks, accelerator=accelerator, time_limit_min=minutes,
-        stop_lead_s=lead_s, setup=list(setup), env=list(env_names), restart=Restart(node=node_budget),
+        target="slurm", nodes=nodes, min_nodes=min_nodes, nproc_per_node=ranks, accelerator=accelerator,
+        time_limit_min=minutes, stop_lead_s=lead_s, setup=list(setup), env=list(env_names),
+        restart=Restart(node=node_budget),
         slurm=Slurm(container=container or Container(), **keys),
     )  # fmt: skip
     return JobSpec(

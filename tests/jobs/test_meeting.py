@@ -190,3 +190,163 @@ def test_a_node_0_that_has_gone_is_noticed_and_is_asked_nothing_more(node, monke
         other.announced()
     assert other.concluded() is None
     other.last_word({})
+
+
+# attempts of different nodes
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Heartbeats and waits of tenths of a second."""
+    monkeypatch.setattr(meeting, "BEAT_S", 0.05)
+    monkeypatch.setattr(meeting, "GONE_S", 2.0)
+    monkeypatch.setattr(meeting, "MORE_S", 0.5)
+    monkeypatch.setattr(meeting, "TOGETHER_S", 0.2)
+
+
+def until(holds, timeout_s: float = 60):
+    deadline = time.monotonic() + timeout_s
+    while not (value := holds()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return value
+
+
+def test_enough_nodes_begin_after_a_wait_for_the_rest_and_the_missing_number_is_left_out(quick, leader, node):
+    second = enter(node(2))
+    said = []
+    assert leader.gather(2, said.append) is None
+    assert (leader.members, leader.names[2]) == ([0, 2], socket.gethostname())
+    leader.announce(1, "token", None)
+    assert second.announced() == (1, "token", None)
+    assert second.members == [0, 2]
+    second.come()
+    assert leader.await_all(quietly) is None
+    second.leave()
+
+
+def test_all_nodes_begin_at_once(leader, node):
+    others = [enter(node(rank)) for rank in (1, 2)]
+    began = time.monotonic()
+    assert leader.gather(2, quietly) is None
+    assert time.monotonic() - began < meeting.MORE_S
+    assert leader.members == [0, 1, 2]
+    for other in others:
+        other.leave()
+
+
+def test_too_few_nodes_end_the_wait_with_both_keys(quick, node):
+    leader = host(node(0, join_timeout_s=1), Signals())
+    ending = leader.gather(2, quietly)
+    assert ending.failure_class == "node"
+    assert ending.message == (
+        "1 node of the 2 that suffice (cluster.min_nodes) came within 1 s (cluster.join_timeout_s)"
+    )
+    leader.leave()
+
+
+def test_a_node_that_comes_in_mid_attempt_waits_and_is_taken_into_the_next_one(quick, leader, node):
+    first = enter(node(1))
+    assert leader.gather(2, quietly) is None
+    leader.announce(1, "token", None)
+    assert first.announced()[0] == 1
+    assert leader.growth() is None
+    late, told = enter(node(2)), []
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(late.announced, told.append)
+        assert until(leader.growth) == f"node 2 ({socket.gethostname()})"
+        assert leader.growth() is None  # asked for once
+        assert not waiting.done()
+        assert late.outside
+        leader.conclude(Ending(status="preempted", failure_class="resize", again=True))
+        assert first.concluded().again
+        assert leader.gather(2, quietly) is None
+        leader.announce(2, "token", None)
+        assert waiting.result(timeout=60) == (2, "token", None)
+        assert first.announced() == (2, "token", None)
+    assert "attempt 1 goes on without this node" in told[0]
+    assert late.members == first.members == [0, 1, 2]
+    late.leave()
+    first.leave()
+
+
+def test_a_number_is_taken_over_from_a_process_that_has_gone_which_ends_the_attempt(quick, leader, node):
+    first, old = enter(node(1)), enter(node(2))
+    assert leader.gather(2, quietly) is None
+    leader.announce(1, "token", None)
+    assert (first.announced()[0], old.announced()[0]) == (1, 1)
+    old.leave()  # its heartbeat stands still from here on
+    new = enter(node(2))
+    assert until(leader.lost) == f"node 2 ({socket.gethostname()}) is lost: it was started again"
+    first.last_word({})
+    assert leader.last_words() == ({}, [f"node 2 ({socket.gethostname()})"])
+    assert leader.enough(2)
+    leader.conclude(Ending(status="failed", failure_class="node", again=True))
+    assert leader.gather(2, quietly) is None
+    leader.announce(2, "token", None)
+    assert new.announced()[0] == 2
+    assert leader.lost() is None
+    for other in (first, new):
+        other.leave()
+
+
+def test_a_lost_node_is_left_out_of_the_next_attempt_at_once(quick, leader, node):
+    others = [enter(node(rank)) for rank in (1, 2)]
+    assert leader.gather(2, quietly) is None
+    leader.announce(1, "token", None)
+    others[1].leave()
+    until(lambda: len(leader._watch.present()) == 2)
+    leader.conclude(Ending(status="failed", failure_class="node", again=True))
+    assert leader.gather(2, quietly) is None
+    assert leader.members == [0, 1]
+    assert not leader.enough(3)
+    others[0].leave()
+
+
+def test_a_node_that_waits_hears_how_the_last_attempt_ended(quick, leader, node):
+    first = enter(node(1))
+    assert leader.gather(2, quietly) is None
+    leader.announce(1, "token", None)
+    first.announced()
+    late = enter(node(2))
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(late.announced)
+        until(lambda: late.outside)
+        finishing = pool.submit(leader.conclude, Ending(status="finished", step=9))
+        assert first.concluded().status == "finished"
+        assert waiting.result(timeout=60)[2].step == 9
+        assert late.over
+        late.goodbye()
+        finishing.result(timeout=60)
+
+
+def test_a_signal_on_a_node_that_only_waits_ends_that_node_alone(quick, leader, node):
+    first, signals = enter(node(1)), Signals()
+    assert leader.gather(2, quietly) is None
+    leader.announce(1, "token", None)
+    first.announced()
+    late = enter(node(2), signals)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(late.announced)
+        until(lambda: late.outside)
+        signals.stop = "SIGTERM"
+        with pytest.raises(Stopped, match="SIGTERM while waiting for node 0"):
+            waiting.result(timeout=60)
+    late.ask_to_stop("SIGTERM")
+    assert leader.disturbance() is None
+    assert leader._signals.stop is None
+    first.leave()
+    late.leave()
+
+
+def test_a_node_that_gives_up_tells_node_0_why(quick, leader, node):
+    first = enter(node(1))
+    assert leader.gather(2, quietly) is None
+    leader.announce(1, "token", None)
+    first.announced()
+    stuck = Ending(status="failed", failure_class="hang", message="the fork server stands still")
+    first.give_up(stuck)
+    assert until(leader.given_up) == stuck
+    leader.announce(2, "token", None)
+    assert leader.given_up() is None  # of the attempt before
+    first.leave()

@@ -61,6 +61,15 @@ def test_what_is_asked_for_stands_in_the_options():
     }  # fmt: skip
 
 
+def test_a_range_of_nodes_is_asked_for_and_each_start_takes_what_it_was_given():
+    script = text(spec(nodes=4, min_nodes=2))
+    assert options(script)["nodes"] == "2-4"
+    assert "ntasks-per-node" not in options(script)  # with it Slurm gives two nodes, however many are free
+    assert "# Run big: 2 to 4 nodes x 8 ranks" in script
+    assert script.count('"$SLURM_JOB_NUM_NODES"') == 2  # of srun, and of the worker
+    assert "--nodes 4" not in script
+
+
 def test_without_gpus_without_limit_on_shared_nodes():
     asked = options(text(spec(accelerator="cpu", minutes=None, exclusive=False, mem="8G", requeue=False)))
     assert not {"gpus-per-node", "time", "exclusive", "requeue"} & set(asked)

@@ -90,9 +90,9 @@ class Site:
     def output(self, job: Job) -> str:
         return self.call("logs", job.run, "--job")
 
-    def hold(self, name: str) -> None:
-        """Have a run stop short at step `HELD` of each attempt, until it is released or asked to stop."""
-        (self.folder / "hold" / name).write_text(str(HELD))
+    def hold(self, name: str, *, at: int = HELD) -> None:
+        """Have a run stop short at step `at` of each attempt, until it is released or asked to stop."""
+        (self.folder / "hold" / name).write_text(str(at))
 
     def release(self, name: str) -> None:
         (self.folder / "hold" / name).unlink()
@@ -162,6 +162,25 @@ def test_a_node_lost_in_mid_run_is_replaced_and_the_run_goes_on_exactly(site, cl
     site.assert_exact("lost")
     assert [restart for _, restart, _ in story(site.run("lost"))] == [0, 1]
     assert "is lost" in site.output(job)
+
+
+def test_l5_a_job_with_min_nodes_goes_on_without_a_lost_node_and_grows_when_there_is_room(site, cluster):
+    site.hold("elastic", at=3)  # far from the end, for three starts
+    job, run = site.submit("elastic", "cluster.min_nodes=1"), site.run("elastic")
+    until("the first steps", lambda: last_step(run, 1) > 0, timeout_s=300)
+    first = _node_of_rank_0(run, cluster)
+    cluster.kill_node(next(node for node in cluster.nodes if node is not first and node.poll() is None))
+    until("a start with one node", lambda: last_step(run, 2) > 0, timeout_s=300)
+    cluster.add_node()
+    until("a start with two nodes", lambda: len(attempts(run)) == 3, timeout_s=300)
+    site.release("elastic")
+    assert site.wait_for(job, "finished")
+    assert [len(a.nodes) if isinstance(a.nodes, list) else a.nodes for a in attempts(run)] == [2, 1, 2]
+    assert story(run) == [(1, 0, "node"), (2, 1, "resize"), (3, 2, "finished")]
+    assert "room for 1 more in the cluster, 1 of 2 take part" in site.output(job)
+    whole = {step: loss for step, (loss, _) in losses(site.whole).items()}
+    assert {step: loss for step, (loss, _) in losses(run).items()} == pytest.approx(whole, rel=1e-5)
+    assert valid_checkpoints(run)[-1].step == STEPS
 
 
 def test_a_cancelled_run_keeps_a_checkpoint_stays_cancelled_and_goes_on_when_submitted_again(site):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.jobs.opening import stored_recipe
 from launcher.run.control import read_outcomes
 from launcher.run.ledger import attempts, valid_checkpoints
 from tests.jobs.make import in_files, losses, made_in, until
@@ -131,6 +132,27 @@ def test_l4_a_run_that_loses_a_node_ends_exactly_on_others(site):
     site.assert_exact("lossy")
     first, *_, last = attempts(site.run("lossy"))
     assert (first.restart, last.restart, last.end_class) == (0, 1, "finished")
+
+
+def test_l5_a_run_with_a_range_of_nodes_goes_on_with_those_that_are_left(site):
+    """Slurm starts it again with what there is; the global batch stays, with places of weight 0 on three ranks."""
+    site.hold("elastic")
+    job = site.submit("elastic", "cluster.nodes=4", "cluster.min_nodes=2", "cluster.nproc_per_node=1")
+    site.wait_until_held("elastic", job)
+    lost = site.nodes_of(job)[-1]
+    site.cluster.cut(lost, "link")
+    site.cluster.give_up(lost)
+    site.wait_for(job, "PENDING")
+    site.release("elastic")
+    site.wait_for(job, "COMPLETED")
+    assert len(site.nodes_of(job)) == 3
+    assert lost not in site.nodes_of(job)
+    run = site.run("elastic")
+    assert [(attempt.nodes, attempt.restart) for attempt in attempts(run)] == [(4, 0), (3, 1)]
+    assert stored_recipe(run).cluster.nodes == 4  # the next start may have all again
+    whole = {step: loss for step, (loss, _) in losses(site.whole).items()}
+    assert {step: loss for step, (loss, _) in losses(run).items()} == pytest.approx(whole, rel=1e-5)
+    assert valid_checkpoints(run)[-1].step == STEPS
 
 
 def test_l11_a_copy_on_a_node_that_was_cut_off_commits_nothing(site):

@@ -60,7 +60,8 @@ def render(spec: JobSpec) -> Rendered:
     if spec.cluster.ray.address == LOCAL:
         return Rendered({**spec.files, _DRIVER_SCRIPT: _driver_script(spec)}, f"bash {_DRIVER_SCRIPT}")
     ranks = f"{spec.nproc_per_node} rank{'s' * (spec.nproc_per_node > 1)}"
-    about = f"{spec.nodes} node{'s' * (spec.nodes > 1)} with {ranks} each"
+    least = "" if spec.cluster.min_nodes is None else f"{spec.cluster.min_nodes} to "
+    about = f"{least}{spec.nodes} node{'s' * (spec.nodes > 1)} with {ranks} each"
     return cluster_job(spec, entrypoint(spec), about=f"Run {spec.name}: {about}, on a Ray cluster.")
 
 
@@ -439,7 +440,7 @@ def _large_enough(spec: JobSpec, address: str) -> Finding:
     large = sum(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in have)
     each = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
     text = f"{large} of the cluster's {len(have)} have {each}; the job asks for {spec.nodes}"
-    if large >= spec.nodes:
+    if large >= (spec.cluster.min_nodes or spec.nodes):
         return Finding(what, "ok", text)
     if ray.autoscaling:
         return Finding(what, "ok", f"{text}; cluster.ray.autoscaling adds the others")

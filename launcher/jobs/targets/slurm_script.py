@@ -103,8 +103,12 @@ def _options(spec: JobSpec, name: str, runs: int) -> Iterator[str]:
     if runs > 1:
         limit = f"%{slurm.sweep_parallel}" if slurm.sweep_parallel else ""
         yield f"--array=0-{runs - 1}{limit}"
-    yield f"--nodes={spec.nodes}"
-    yield f"--ntasks-per-node={tasks}"
+    if (least := spec.cluster.min_nodes) is None:
+        yield f"--nodes={spec.nodes}"
+        yield f"--ntasks-per-node={tasks}"
+    else:  # a number of tasks would be that of the fewest nodes, and Slurm would give no more than those need (22.05)
+        yield f"--nodes={least}-{spec.nodes}"
+        tasks = 1
     if slurm.gres is not None:
         yield f"--gres={slurm.gres}"
     elif uses_gpus(spec):
@@ -123,7 +127,8 @@ def _about(specs: Sequence[JobSpec]) -> list[str]:
     spec = specs[0]
     how = "one agent a node starts them" if spec.cluster.slurm.tasks == "node" else "each is a task of srun"
     what = f"Run {spec.name}" if len(specs) == 1 else f"A sweep of {len(specs)} runs, each on"
-    size = f"{_count(spec.nodes, 'node')} x {_count(spec.nproc_per_node, 'rank')}; {how}."
+    least = "" if spec.cluster.min_nodes is None else f"{spec.cluster.min_nodes} to "
+    size = f"{least}{_count(spec.nodes, 'node')} x {_count(spec.nproc_per_node, 'rank')}; {how}."
     folder = "recipe.yaml" if len(specs) == 1 else "the recipes"
     return [
         f"# {what}{':' if len(specs) == 1 else ''} {size}",
@@ -229,16 +234,19 @@ def _stop() -> list[str]:
 
 def _start(spec: JobSpec) -> list[str]:
     slurm, tasks = spec.cluster.slurm, _tasks_per_node(spec)
+    nodes = (
+        str(spec.nodes) if spec.cluster.min_nodes is None else '"$SLURM_JOB_NUM_NODES"'
+    )  # what Slurm gave this start
     srun = [
         "srun",
-        f"--nodes={spec.nodes}",
+        f"--nodes={nodes}",
         f"--ntasks-per-node={tasks}",
         '--cpus-per-task="$cores"',
         "--cpu-bind=none",
         "--kill-on-bad-exit=1",
         "--export=ALL",
     ]
-    worker = ['launcher worker "$run"', '--recipe "$recipe"', f"--nodes {spec.nodes}"]
+    worker = ['launcher worker "$run"', '--recipe "$recipe"', f"--nodes {nodes}"]
     if slurm.tasks == "gpu":
         each = (
             f"export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE={tasks} "
