@@ -4,7 +4,9 @@ One JSON object a line. A logged step has step (finished updates, from 1), loss 
 grad_norm (before clipping), tokens (of the global batch), tokens_per_s (over all ranks, since the last logged step),
 mfu (share of the device's peak, null where unknown), memory_gib (peak of rank 0), data_wait_s (time rank 0 waited for
 rows since the last logged step), time (Unix seconds), attempt; with several sources also mix (of the tokens since the
-last logged step, the share of each source by name). An evaluation has step, eval_loss (over all sets), and
+last logged step, the share of each source by name). A step whose figures were wrong has non_finite or spike, and
+skipped; one without an update because its batch is left out has left_out. steps_skipped, steps_left_out and loss_spikes
+count them so far and are absent while 0. An evaluation has step, eval_loss (over all sets), and
 eval_loss/NAME of each set. A number that is not finite is null. A resumed run repeats steps: the last line of a step
 counts.
 """

@@ -1,8 +1,8 @@
 """Whether ranks that must hold the same weights do: a hash of them, compared over the ranks, and who differs named.
 
-Weights, moments and what else an engine has on several ranks (`Engine.copies`) are read as integers on the device and
+Weights, moments and what else an engine has on several ranks (`Engine.copies`) are read as integers on the GPU and
 summed with a weight for each place, modulo 2^64: exact, the same in whatever order the device adds. Changing a single
-element always changes the hash; other changes go unseen with a chance of about 2^-63.
+element always changes the sum. What lies in host memory is hashed by xxh3, which a CPU does fifty times faster.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor
 
 from launcher.trainer.failures import ReplicaError
@@ -110,8 +111,17 @@ def message(
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """The hash of a tensor's bytes, 0-d int64 on its device; nobody waits for it."""
-    flat = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
+    """The hash of a tensor's bytes, 0-d int64 on its device; on a GPU nobody waits for it."""
+    flat = tensor.detach().reshape(-1)
+    if flat.device.type == "cpu":
+        digest = xxhash.xxh3_64_digest(flat.contiguous().view(torch.uint8).numpy())
+        return torch.tensor(int.from_bytes(digest, "big", signed=True))
+    return weighted_sum(flat)
+
+
+def weighted_sum(flat: Tensor) -> Tensor:
+    """Elements as integers, each times the odd number of its place, modulo 2^64; 0-d int64 on the device."""
+    flat = flat.view(_INTEGERS[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     odd = torch.arange(1, 2 * min(_PART, flat.numel()), 2, dtype=torch.int64, device=flat.device)
     for part in flat.split(_PART):
