@@ -184,6 +184,9 @@ class CheckpointManager:
         """
         names = [ref.path.name for ref in ledger.valid_checkpoints(self.run)] if self.rank == 0 else []
         names = self._from_rank_0(names)
+        if self.rank == 0:
+            for name in retention.unfinished(self.run, attempt=self.attempt):
+                print(f"{name}: has no {MARKER}, as a save that was cut short leaves it: it does not count", flush=True)
         state = None
         for name in reversed(names):
             folder = self.run.checkpoints / name
@@ -200,7 +203,9 @@ class CheckpointManager:
         if self.rank:
             self._release()
         if names and state is None:
-            raise CheckpointError("\n".join(["every checkpoint of this run is bad; none was deleted:", *self.problems]))
+            fix = f"To mend what can be mended: launcher checkpoint repair {self.run.path}"
+            head = "every checkpoint of this run is bad; none was deleted:"
+            raise CheckpointError("\n".join([head, *self.problems, fix]))
         if self.rank == 0:
             for name in retention.sweep(self.run, attempt=self.attempt):
                 log.info("removed %s: unfinished or void", name)

@@ -97,12 +97,29 @@ def sweep(run: RunDirectory, *, attempt: int) -> list[str]:
     return _delete_others(run, attempt, {ref.path.name for ref in ledger.valid_checkpoints(run)})
 
 
+def unfinished(run: RunDirectory, *, attempt: int) -> list[str]:
+    """Names of the checkpoints of this and older attempts that have no marker."""
+    return [folder.name for folder in _folders(run, attempt) if not (folder / MARKER).exists()]
+
+
+def _folders(run: RunDirectory, attempt: int) -> list[Path]:
+    """Of this and older attempts, by name."""
+    named = ((folder, parse_checkpoint_name(folder.name)) for folder in sorted(_inside(run.checkpoints)))
+    return [folder for folder, key in named if key and key[1] <= attempt]
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 def _delete_others(run: RunDirectory, attempt: int, names: Collection[str]) -> list[str]:
     deleted: list[str] = []
     failure: OSError | None = None
-    for folder in sorted(run.checkpoints.iterdir()) if run.checkpoints.is_dir() else ():
-        parsed = parse_checkpoint_name(folder.name)
-        if parsed and parsed[1] <= attempt and folder.name not in names:
+    for folder in _folders(run, attempt):
+        if folder.name not in names:
             try:
                 if remove(run, folder, attempt=attempt):
                     deleted.append(folder.name)

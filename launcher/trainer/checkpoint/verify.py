@@ -196,8 +196,9 @@ def _verify_file(folder: Path, manifest: Manifest, record: dict[str, Any]) -> st
 
 def _hash(path: Path) -> tuple[int, str]:
     """(bytes, xxh3-128) of a file."""
-    digest, size, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(CHUNK))
+    digest, size = xxhash.xxh3_128(), 0
     with open_plain(path) as file:  # not mapped: a bad disk then raises, and does not kill the process
+        buffer = memoryview(bytearray(min(CHUNK, os.fstat(file.fileno()).st_size + 1)))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             size += count

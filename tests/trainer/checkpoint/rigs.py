@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from launcher.run import ledger
-from launcher.run.directory import RunDirectory
+from launcher.run.directory import MARKER, RunDirectory
 from launcher.trainer.checkpoint.format import CheckpointError, Piece, take_snapshot
 from launcher.trainer.checkpoint.manager import CheckpointManager
-from launcher.trainer.checkpoint.reader import Reader, header_metadata, read_manifest
+from launcher.trainer.checkpoint.reader import Reader
 from launcher.trainer.checkpoint.saving import Save, carry_out, make_folder
+from launcher.trainer.checkpoint.verify import MANIFEST, header_metadata, marker_text, read_manifest
 
 KINDS = ("value", "exp_avg", "exp_avg_sq")
 
@@ -138,6 +139,12 @@ def save_with_ranks(
     for thread in threads:
         thread.join()
     return reasons
+
+
+def commit(folder: Path, manifest: str) -> None:
+    """Put a manifest of one's own into a checkpoint, with the marker that vouches for it."""
+    (folder / MANIFEST).write_text(manifest)
+    (folder / MARKER).write_text(marker_text(manifest.encode()))
 
 
 def read_back(folder: Path) -> dict[tuple[str, str], Tensor]:
