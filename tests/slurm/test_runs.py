@@ -134,6 +134,7 @@ def test_l4_a_run_that_loses_a_node_ends_exactly_on_others(site):
     assert (first.restart, last.restart, last.end_class) == (0, 1, "finished")
 
 
+@pytest.mark.slow
 def test_l5_a_run_with_a_range_of_nodes_goes_on_with_those_that_are_left(site):
     """Slurm starts it again with what there is; the global batch stays, with places of weight 0 on three ranks."""
     site.hold("elastic")
