@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.run.files import write_atomic
+from launcher.run.files import is_there, read_bytes, sync_folder, write_atomic
 from launcher.run.provenance import provenance
 
 RUN_DIRECTORY_VERSION = 1
@@ -110,7 +110,7 @@ class RunDirectory:
 
     def exists(self) -> bool:
         """Whether a run was made here; run.json is written last."""
-        return self.run_file.exists()
+        return is_there(self.run_file)
 
     def require_no_links(self) -> None:
         """What is written into a run stays in it; the run directory itself may be reached through a link.
@@ -147,6 +147,15 @@ class RunDirectory:
         self.write_plan(plan)
         record = {"run_directory_version": RUN_DIRECTORY_VERSION, **provenance(), "identity": identity}
         write_atomic(self.run_file, json.dumps(record, indent=2) + "\n")
+        self._name_durably()
+
+    def _name_durably(self) -> None:
+        """Sync the folders above, which may have been made for this run just before."""
+        here = self.path.resolve()
+        for above in here.parents:
+            if os.stat(above).st_dev != os.stat(here).st_dev or not os.access(above, os.R_OK | os.W_OK):
+                break  # nothing was made there
+            sync_folder(above)
 
     def write_recipe(self, recipe: dict[str, Any]) -> None:
         """Replace recipe.yaml."""
@@ -162,7 +171,7 @@ class RunDirectory:
         Raises:
             UserError: it was edited into YAML that is no JSON.
         """
-        lines = self.recipe_file.read_text().splitlines()
+        lines = read_bytes(self.recipe_file).decode().splitlines()
         text = "\n".join("" if line.lstrip().startswith("#") else line for line in lines)  # keeps line numbers
         return self._parse(self.recipe_file, text)
 
@@ -172,7 +181,7 @@ class RunDirectory:
         Raises:
             FileNotFoundError: it is not there; UserError: it is damaged, or run.json is of a newer launcher.
         """
-        values = self._parse(self.path / name, (self.path / name).read_text())
+        values = self._parse(self.path / name, read_bytes(self.path / name).decode(errors="replace"))
         version = values.get("run_directory_version", RUN_DIRECTORY_VERSION)
         if name == self.run_file.name and version > RUN_DIRECTORY_VERSION:
             raise UserError(
