@@ -93,6 +93,8 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
         yield f"evaluation  {_evaluation(evaluation)}"
     if guards := _guards(summary["guards"]):
         yield f"guards      {guards}"
+    for slow in summary["slow"]:
+        yield f"slow        {_slow(slow)}"
     if job := _job(summary):
         yield f"job         {job}, submitted {clock(summary['job']['time'])}"
     if summary["stop_requested"] is not None:
@@ -138,6 +140,13 @@ def _guards(counts: dict[str, int]) -> str:
     if counts["spikes"]:
         said.append(f"{counts['spikes']} spike{'s' * (counts['spikes'] != 1)} of the loss")
     return ", ".join(said)
+
+
+def _slow(slow: dict[str, Any]) -> str:
+    """`rank 1 on node-b, computing 2.1 times as long as the median, told at step 120`"""
+    data = "waiting for its rows: steps are {:.1f} times as long for it"
+    what = data if slow["what"] == "data" else "computing {:.1f} times as long as the median"
+    return f"rank {slow['rank']} on {slow['node']}, {what.format(slow['factor'])}, told at step {slow['step']}"
 
 
 def _loss(value: float | None) -> str:

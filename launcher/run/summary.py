@@ -61,11 +61,25 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
         "loss_step": metrics.get("step"),
         "evaluation": _evaluation(evaluated),
         "guards": _guards(run, metrics),
+        "slow": _slow(run, state),
         "updated": state.time if state.time is not None else record.get("created"),
         "owner": {"host": owner.host, "pid": owner.pid, "alive": alive} if owner and not owner.released else None,
         "stop_requested": stop_reason(run),
         "verdict": read_verdict(run),
     }
+
+
+def _slow(run: RunDirectory, state: State) -> list[dict[str, Any]]:
+    """Ranks that the watch of the latest attempt has named and not found fast again."""
+    slow: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for line in parse_lines(_tail(run.watch_file, _TAIL_BYTES)):
+        if line.get("attempt") != state.attempt or line.get("kind") not in ("straggler", "recovered"):
+            continue
+        key = line.get("rank"), line.get("what")
+        slow.pop(key, None)
+        if line["kind"] == "straggler":
+            slow[key] = {name: line.get(name) for name in ("rank", "node", "what", "factor", "step")}
+    return list(slow.values())
 
 
 def _status(state: State, alive: bool | None) -> str:

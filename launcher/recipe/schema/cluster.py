@@ -35,8 +35,11 @@ class Cluster:
     network_interface: by which the nodes of a job talk; null: the one that leads to node 0
     preflight: whether nodes and ranks are examined for some seconds before training starts
     snapshot: whether the job runs from a copy of the launcher's and the current repository's code
-    hang_timeout_s: a rank that has made no step for so long is hung; auto: learnt from the steps before; null: never
-    straggler_factor: a rank that computes so many times longer than the median of all is named; null: never
+    hang_timeout_s: a run that stands still for so long is ended, the rank that hangs is named and the run goes on from
+        its last checkpoint; starting, compiling, saving have half an hour at least; auto: ten times the slowest of the
+        recent steps, at least 300; null: never
+    straggler_factor: a rank that computes so many times as long as the median of all, or whose waiting for rows makes
+        steps so many times as long, is named; null: never
     restart: how often the run is started again by itself
     slurm: what only target slurm reads
     ray: what only target ray reads
