@@ -48,24 +48,6 @@ def test_l4_two_nodes_end_like_one_and_their_logs_are_found(site):
     assert "finished" in site.call("runs", run.path.parent)
 
 
-def test_l9_a_warning_signal_saves_requeues_and_ends_exactly(site):
-    """As Slurm sends it before the time limit: to the batch script alone."""
-    site.hold("warned")
-    job = site.submit("warned")
-    site.wait_until_held("warned", job)
-    site.cluster.command("scancel", "--batch", "--signal=USR1", job)
-    site.wait_for(job, "PENDING", "REQUEUED")
-    site.release("warned")
-    run = site.run("warned")
-    assert valid_checkpoints(run)[-1].step not in (0, 4, 8, STEPS)
-    assert site.status("warned") == ("preempted", "preempted-will-return")
-    site.wait_for(job, "COMPLETED")
-    site.assert_exact("warned")
-    assert story(run) == [(1, 0, "preemption"), (2, 1, "finished")]
-    assert {attempt.job_id for attempt in attempts(run)} == {job}
-    assert "preemption" in site.call("status", run.path, "--history")
-
-
 @pytest.mark.slow
 def test_l9_the_time_limit_itself_saves_requeues_and_ends_exactly(site):
     """The first start is held until it is asked to stop; how many more are needed is up to the machine.
