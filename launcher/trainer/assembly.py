@@ -93,6 +93,8 @@ def assemble(
     prove_isolation(engine, backend=backend, vocab_size=data["vocab_size"], compiled=recipe.model.compile)
     if ranks.rank == 0:
         print(f"{'resumed at' if state else 'begins at'} step {step} of {data['total_steps']}", flush=True)
+        if manager.loaded is not None:
+            _say_other_ranks(run.checkpoints / manager.loaded, manager, ranks)
     guards = Guards.of(recipe.train)
     if state is not None:
         guards.load(state.get("guards", {}))
@@ -141,6 +143,17 @@ def _rehearse(run: RunDirectory, manager: CheckpointManager, engine: Any, rows: 
         raise
     if manager.rank == 0:
         tell(run, found)
+
+
+def _say_other_ranks(folder: Path, manager: CheckpointManager, ranks: Ranks) -> None:
+    """Whatever is random in a step follows (seed, step, rank), so other ranks draw other numbers: never in silence."""
+    wrote = read_manifest(folder, run_id=manager.meta["run_id"])["world_size"]
+    if wrote != ranks.world_size:
+        print(
+            f"{wrote} rank{'s' * (wrote != 1)} wrote this checkpoint, {ranks.world_size} go on from it: the same rows "
+            "in the same order; dropout and the like draw other numbers, keyed by seed, step and rank",
+            flush=True,
+        )
 
 
 def _left_out(run: RunDirectory, *, ranks: Ranks, step: int) -> dict[int, LeftOut]:

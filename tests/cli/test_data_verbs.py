@@ -90,6 +90,30 @@ def test_preview_on_a_terminal_colours_trained_tokens(recipe):
     assert "[[" not in text
 
 
+def test_preview_of_a_step_shows_its_global_batch_of_a_recipe_and_of_a_run(recipe, tmp_path):
+    from launcher.data.mix import Mix
+    from launcher.data.prepare import prepare as build
+    from launcher.recipe.check import load
+    from launcher.recipe.schema import to_dict
+    from launcher.run.directory import RunDirectory
+
+    loaded = load(recipe).recipe
+    prepared = build(loaded)
+    run = RunDirectory(tmp_path / "runs" / "one")
+    run.create(to_dict(loaded), {}, {})
+    run.data_file.write_text(json.dumps(prepared.to_dict()))
+    batch = loaded.train.global_batch_size
+    rows = Mix.open(prepared.train).global_batch(1, seed=loaded.train.seed, global_batch_size=batch)
+    for of in (recipe, str(run.path)):
+        shown = json.loads(call(preview_verb.command, of, "--step", "2", "--json").stdout)["rows"]
+        assert [row["row"] for row in shown] == rows.tolist()
+        assert all(document["tokens"] for row in shown for document in row["documents"])
+    with pytest.raises(UserError, match="--step 99999: expected 1 to"):
+        CliRunner().invoke(preview_verb.command, [str(run.path), "--step", "99999"], catch_exceptions=False)
+    with pytest.raises(UserError, match="the rows of a run are fixed"):
+        CliRunner().invoke(preview_verb.command, [str(run.path), "data.seq_len=8"], catch_exceptions=False)
+
+
 def test_preview_html_writes_a_page_and_prints_the_counts(recipe, tmp_path):
     result = call(preview_verb.command, recipe, "-n", "2", "--html", "rows.html")
     page = (tmp_path / "rows.html").read_text()

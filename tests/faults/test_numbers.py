@@ -73,6 +73,10 @@ def make_run(folder: Path, recipe: Recipe, poison: Poison, *, steps: int) -> Run
     return make.make_run(folder, recipe, total_steps=steps, evaluation=False)
 
 
+def start(run: RunDirectory) -> int:
+    return start_attempt(run, target="test", job_id=None, nodes=["here"], reason="test")
+
+
 def twin(run: RunDirectory, folder: Path) -> RunDirectory:
     """The run as it was before its first attempt, elsewhere, over the same data."""
     shutil.copytree(run.path, folder)
@@ -106,7 +110,7 @@ def rank_of_runs(rank: int, world_size: int, runs: Sequence[tuple[str, int, Call
 
 def attempt_of(runs: Sequence[RunDirectory], *, ranks: int = 2, fault: Any = None) -> list[list[Any]]:
     """One attempt of each run in the same ranks; what each raised: [run][rank]."""
-    numbers = [start_attempt(run, target="test", job_id=None, nodes=["here"], reason="test") for run in runs]
+    numbers = [start(run) for run in runs]
     started = [(str(run.path), number, fault) for run, number in zip(runs, numbers, strict=True)]
     by_rank = run_ranks(rank_of_runs, ranks, started)
     return [list(of_run) for of_run in zip(*by_rank, strict=True)]
@@ -151,9 +155,20 @@ def with_other_generators(rank: int, world_size: int, path: str, attempt: int) -
     run_rank(path, attempt)
 
 
+def what_a_rank_prints(rank: int, world_size: int, path: str, attempt: int) -> str:
+    import contextlib
+    import io
+
+    from launcher.trainer.main import run_rank
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_rank(path, attempt)
+    return printed.getvalue()
+
+
 def test_F28_random_numbers_follow_seed_step_and_rank_so_no_file_of_them_can_be_missing_or_foreign(tmp_path):
     """RNG file missing or of another world size: there is none; dropout after a resume draws what it would have drawn,
-    wherever the generators stood, and a rank draws the same among any number of ranks."""
+    wherever the generators stood; a rank draws the same among any number of ranks; another number of them is said."""
     import torch
 
     from launcher.trainer.randomness import rekey
@@ -163,7 +178,7 @@ def test_F28_random_numbers_follow_seed_step_and_rank_so_no_file_of_them_can_be_
     whole = make_run(tmp_path, recipe, {}, steps=7)
     cut = twin(whole, tmp_path / "cut")
     assert attempt_of([whole]) == [[None, None]]
-    attempt = start_attempt(cut, target="test", job_id=None, nodes=["here"], reason="test")
+    attempt = start(cut)
     run_ranks(rank_that_is_stopped, 2, str(cut.path), attempt, 2, "request")
     clear_stop(cut)
     (saved,) = valid_checkpoints(cut)
@@ -171,10 +186,16 @@ def test_F28_random_numbers_follow_seed_step_and_rank_so_no_file_of_them_can_be_
         "rank-00000.safetensors", "rank-00001.safetensors", "manifest.json", "COMMITTED",
     }  # fmt: skip
     assert not {key for key in trainer_state(cut) if "rng" in key or "random" in key}
-    attempt = start_attempt(cut, target="test", job_id=None, nodes=["here"], reason="test")
+    attempt = start(cut)
     run_ranks(with_other_generators, 2, str(cut.path), attempt)
     assert losses(cut) == losses(whole)
     assert newest(cut) == newest(whole)
+
+    data = whole.read_json("data.json")
+    whole.data_file.write_text(json.dumps({**data, "total_steps": 8}))
+    (said,) = run_ranks(what_a_rank_prints, 1, str(whole.path), start(whole))
+    assert "2 ranks wrote this checkpoint, 1 go on from it" in said
+    assert "keyed by seed, step and rank" in said
 
     def drawn(seed: int, step: int, rank: int) -> list[float]:
         rekey(seed, step, rank)
@@ -239,7 +260,7 @@ def test_F30_a_rolled_back_run_is_bit_equal_to_one_that_left_the_batch_out_from_
     shutil.copy(run.left_out_file, never.left_out_file)
     stopped = twin(never, tmp_path / "stopped")
     assert attempt_of([run, never]) == [[None, None]] * 2
-    attempt = start_attempt(stopped, target="test", job_id=None, nodes=["here"], reason="test")
+    attempt = start(stopped)
     run_ranks(rank_that_is_stopped, 2, str(stopped.path), attempt, 2, "request")
     clear_stop(stopped)
     assert attempt_of([stopped]) == [[None, None]]
@@ -297,7 +318,7 @@ def test_F31_every_strategy_drops_the_update_of_the_spike_itself_and_a_resume_de
         assert trainer_state(run)["optimizer_step"] == 20
         assert all(math.isfinite(loss or math.nan) for loss in losses(run).values())
     assert newest(left) == newest(runs[0])
-    attempt = start_attempt(stopped, target="test", job_id=None, nodes=["here"], reason="test")
+    attempt = start(stopped)
     run_ranks(rank_that_is_stopped, 2, str(stopped.path), attempt, 15, "request")
     clear_stop(stopped)
     assert attempt_of([stopped]) == [[None, None]]

@@ -348,6 +348,27 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "checkpoint.store_frozen",
         ["true: expected false with adapter.kind = full, which freezes nothing", "adapter.kind=lora"],
     ),
+    # guards
+    "copies of zero3 compared": (
+        [*NODE8, *zero(3, "train.replica_check_steps=100")],
+        "train.replica_check_steps",
+        ["100: expected null with zero3, which keeps each weight on one rank alone"],
+    ),
+    "copies of fsdp2 without copies compared": (
+        [*NODE8, "strategy.kind=fsdp2", "train.replica_check_steps=100"],
+        "train.replica_check_steps",
+        ["expected null with fsdp2 over the world size 8", "strategy.replicate=2"],
+    ),
+    "one rank compared": (
+        ["strategy.kind=ddp", "cluster.nproc_per_node=1", "train.replica_check_steps=100"],
+        "train.replica_check_steps",
+        ["expected null on one rank"],
+    ),
+    "rollback without checkpoints": (
+        ["checkpoint.every_steps=null", "train.on_spike=rollback"],
+        "train.on_spike",
+        ["rollback: expected checkpoints to go back to", "Set checkpoint.every_steps"],
+    ),
 }  # fmt: skip
 
 
@@ -394,6 +415,8 @@ def test_a_wrong_combination_ends_the_command_with_code_2_and_no_traceback(
 
 GOOD_COMBINATIONS = [
     [*NODE8, "strategy=hsdp", "strategy.reshard_after_forward=4"],
+    [*TWO_NODES, "strategy=hsdp", "train.replica_check_steps=100", "train.on_nonfinite=rollback"],
+    [*NODE8, "strategy=zero2", "train.replica_check_steps=1", "train.on_spike=skip"],
     [*TWO_NODES, "strategy=hsdp"],
     [*TWO_NODES, "strategy=zeropp"],
     [*TWO_NODES, "strategy=zeropp", "strategy.zero.quantized_gradients=true", FP16_LINKS],
