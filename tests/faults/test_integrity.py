@@ -110,7 +110,7 @@ def test_F09_symbolic_links_are_never_read_or_deleted_through(written: RunDirect
 
 @pytest.mark.parametrize("name", ["../rank-00000.safetensors", "/etc/passwd", "..", "a/b", ""])
 def test_F09_a_manifest_that_names_files_elsewhere_is_refused(written: RunDirectory, tmp_path: Path, name: str):
-    """F9: a manifest, right by its marker, that names a file outside of its checkpoint is refused before any is opened."""
+    """F9: a manifest, right by its marker, that names a file outside of its checkpoint is refused unopened."""
     folder = tmp_path / "step-00000020-a1"
     shutil.copytree(written.checkpoint(20, 1), folder)
     manifest = json.loads((folder / MANIFEST).read_text())

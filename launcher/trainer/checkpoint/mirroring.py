@@ -190,7 +190,7 @@ class _Mirroring:
                 self._say(f"warning: mirror: {error}. Training goes on and it is tried again.")
 
     def _works(self) -> None:
-        if self._failures and self._problem:
+        if self._problem:
             self._say("mirror: it works again")
         self._failures, self._problem = 0, ""
 
