@@ -33,6 +33,7 @@ _VERDICT_S = 20.0
 _SAY_EVERY_S = 60.0
 MORE_S = 30.0  # at the first start, for the rest of the nodes once as many have come as suffice
 _SOON_S = 5.0  # before waiting for nodes is worth a line
+_STAYS = 3  # heartbeats of a node that came to stay
 TOGETHER_S = 10.0  # for other nodes to come back, too, before the run is asked for a checkpoint to take them in
 _TWIN_S = 3.0  # for another node 0 to answer
 _SLACK_S = 2.0  # behind a time limit of torch's own, which a listener that says nothing may outlast
@@ -62,7 +63,7 @@ class Meeting:
         self.names: dict[int, str] = {node.rank: socket.gethostname()}
         self.members: list[int] = list(range(node.nodes))
         self.attempt, self.over = 0, False
-        self._grown = False
+        self._begun = self._grown = False
         beat = self._register()
         self._watch = _Watch(store.clone(), node, beat, signals)
         if node.rank == 0:
@@ -113,8 +114,11 @@ class Meeting:
         return self.node.rank not in self.members
 
     def disturbance(self) -> Ending | None:
-        """On node 0, while nodes come and data is prepared: why the attempt is to end, if it is."""
-        if self._store.check([_key("problem")]):
+        """On node 0, while nodes come and data is prepared: why the attempt is to end, if it is.
+
+        Once ranks have been started, a mistake on a node that comes ends nothing but that node.
+        """
+        if not self._begun and self._store.check([_key("problem")]):
             return Ending(status="failed", failure_class="user", message=self._store.get(_key("problem")).decode())
         if self._signals.stop is None and self._store.check([_key("stop")]):
             self._signals.stop = self._store.get(_key("stop")).decode()
@@ -127,13 +131,11 @@ class Meeting:
         node that comes back is taken in anyway.
         """
         first, most = self.attempt == 0, self.node.nodes
-        if not first:
-            self._store.delete_key(_key("problem"))  # of who came in mid attempt, and was answered there
         self._grown = False
         began = said = time.monotonic()
         enough_since: float | None = None
         while True:
-            if first and (ending := self.disturbance()) is not None:
+            if (ending := self.disturbance()) is not None:
                 return ending
             if self._signals.stop is not None:
                 message = f"{self._signals.stop} while waiting for other nodes"
@@ -193,6 +195,7 @@ class Meeting:
 
     def settle(self, ending: Ending | None) -> None:
         """On node 0, when all have come or will not: let the others start their ranks, or say how the attempt ended."""
+        self._begun = self._begun or ending is None
         self._store.set(self._of("settled"), json.dumps(_brief(ending)))
 
     def settled(self) -> Ending | None:
@@ -627,7 +630,8 @@ class _Watch:
 
     def waiting(self, members: Collection[int]) -> dict[int, str]:
         """On node 0: nodes that live and are no members; none while others may be about to come, too."""
-        more = {rank: name for rank, name in self.present().items() if rank not in members}
+        there = {rank: name for rank, name in self.present().items() if rank not in members}
+        more = {rank: name for rank, name in there.items() if self._seen[rank].count >= _STAYS}  # no passing visit
         complete = len(members) + len(more) == self._node.nodes
         newest = max((self._seen[rank].came for rank in more), default=0.0)
         return more if complete or time.monotonic() - newest >= TOGETHER_S else {}

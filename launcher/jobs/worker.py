@@ -346,6 +346,8 @@ def _follow(
     except Away as away:
         ending = Ending(status="failed", failure_class="communication", message=str(away))
         said = others.concluded() if others is not None else None
+    if said is None and part.elastic:
+        console.say("The others may train on without this node: start it again, and it is taken in at a checkpoint.")
     if said is None and attempt:
         said = restart.concluded(run, attempt, ending)  # node 0 has gone: what it would have said
     return attempt, said or ending

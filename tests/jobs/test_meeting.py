@@ -339,6 +339,22 @@ def test_a_signal_on_a_node_that_only_waits_ends_that_node_alone(quick, leader, 
     late.leave()
 
 
+def test_a_mistake_on_a_node_that_comes_in_mid_attempt_ends_that_node_alone(quick, leader, node):
+    first = enter(node(1))
+    assert leader.gather(2, quietly) is None
+    leader.announce(1, "token", None)
+    leader.settle(None)
+    with pytest.raises(UserError, match="--node-rank 1: given twice"):
+        enter(node(1))
+    wrong = enter(node(2))
+    wrong.refuse("node 2 (b): training needs torch")
+    wrong.leave()
+    assert leader.disturbance() is None
+    until(lambda: leader._watch.stands_still(2, 2.0))
+    assert leader.growth() is None  # it was never there to stay
+    first.leave()
+
+
 def test_a_node_that_gives_up_tells_node_0_why(quick, leader, node):
     first = enter(node(1))
     assert leader.gather(2, quietly) is None

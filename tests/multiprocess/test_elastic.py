@@ -89,8 +89,9 @@ def story(run: RunDirectory) -> list[tuple[object, str | None, bool]]:
 
 def assert_as_uninterrupted(recipe: Path, name: str, *changes: str, ranks: int) -> None:
     """Every step once, with the rows and the loss of a run that nothing happened to."""
-    finish(launcher("run", recipe, "run.name=whole", f"cluster.nproc_per_node={ranks}", *changes), code=0)
     run, whole = run_of(recipe, name), run_of(recipe, "whole")
+    if not whole.exists():
+        finish(launcher("run", recipe, "run.name=whole", f"cluster.nproc_per_node={ranks}", *changes), code=0)
     assert sorted(losses(run)) == list(range(1, STEPS + 1))
     assert {step: loss for step, (loss, _) in losses(run).items()} == pytest.approx(
         {step: loss for step, (loss, _) in losses(whole).items()}, rel=1e-5
@@ -145,3 +146,44 @@ def test_a_lost_node_shrinks_the_run_and_a_returning_one_grows_it_at_a_checkpoin
     assert "node 2 (node2) waits to take part" in said[0]
     assert read_state(run).status == "finished"
     assert_as_uninterrupted(recipe, "elastic", "train.global_batch_size=3", ranks=3)
+
+
+@pytest.mark.matrix
+def test_a_node_that_is_cut_off_is_left_out_after_a_minute_and_taken_in_again(machines, recipe):
+    """Nobody is told of a cable that is pulled: heartbeats that stand still for 60 s are what tells, on both sides."""
+    file = hold(recipe, "cut")
+    nodes = [start(machines, recipe, i, "cut", *THREE, nodes=3, port=29520) for i in range(3)]
+    run = run_of(recipe, "cut")
+    wait_until_held(run, 1, nodes)
+    machines.cable(2, plugged=False)
+    out, _ = finish(nodes[2], code=1)
+    assert "node 0 (node0) is lost: nothing was heard of it for 60 s" in out
+    assert "start it again, and it is taken in at a checkpoint" in out
+    wait_until_held(run, 2, nodes[:2])
+    machines.cable(2, plugged=True)
+    nodes[2] = start(machines, recipe, 2, "cut", *THREE, nodes=3, port=29520)
+    until("node 2 is taken in", lambda: len(attempts(run)) == 3, timeout_s=240)
+    file.unlink()
+    for node in nodes:
+        finish(node, code=0)
+    assert [end for _, end, _ in story(run)] == ["node", "resize", "finished"]
+    assert_as_uninterrupted(recipe, "cut", "train.global_batch_size=3", ranks=3)
+
+
+@pytest.mark.matrix
+def test_without_node_0_the_others_end_and_all_are_started_again(machines, recipe):
+    """The run begins without node 2, which never comes; node 0 is killed, and what it held together ends."""
+    file = hold(recipe, "headless")
+    nodes = [start(machines, recipe, i, "headless", *THREE, nodes=3, port=29530) for i in range(2)]
+    run = run_of(recipe, "headless")
+    wait_until_held(run, 1, nodes)
+    assert attempts(run)[0].nodes == ["node0", "node1"]
+    nodes[0].kill()
+    finish(nodes[1], code=1)
+    file.unlink()
+    for node in [start(machines, recipe, i, "headless", *THREE, nodes=3, port=29531) for i in range(3)]:
+        finish(node, code=0)
+    assert [(nodes, end) for nodes, end, _ in story(run)] == [
+        (["node0", "node1"], None), (["node0", "node1", "node2"], "finished"),
+    ]  # fmt: skip
+    assert_as_uninterrupted(recipe, "headless", "train.global_batch_size=3", ranks=3)
