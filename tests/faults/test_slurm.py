@@ -1,4 +1,4 @@
-"""F14 on a real Slurm (tests/slurm), which is installed for it; where it cannot be, the test is skipped and says why."""
+"""F14 on a real Slurm (tests/slurm), installed for it; where that cannot be, the test is skipped and says why."""
 
 from __future__ import annotations
 
