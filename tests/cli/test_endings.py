@@ -49,7 +49,7 @@ def test_checkpoints_that_are_all_bad_are_said_once_without_traceback(recipe: Pa
         for file in reference.path.glob("*.safetensors"):
             with file.open("r+b") as stream:
                 stream.truncate(100)
-    out, err = finish(launcher("resume", run.path, "train.max_steps=8"), code=1)
+    out, err = finish(launcher("resume", run.path, "train.max_steps=8", "optimizer.schedule_steps=8"), code=1)
     assert "Traceback" not in out + err
     assert (out + err).count("every checkpoint of this run is bad") == 1
 
@@ -60,7 +60,10 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(recipe: Path):
     record = json.loads(run.run_file.read_text())
     del record["run_id"]
     run.run_file.write_text(json.dumps(record))
-    out, _ = finish(launcher("resume", run.path, "train.max_steps=8", "cluster.restart.unknown=0"), code=1)
+    out, _ = finish(
+        launcher("resume", run.path, "train.max_steps=8", "optimizer.schedule_steps=8", "cluster.restart.unknown=0"),
+        code=1,
+    )
     assert out.count("Traceback (most recent call last)") == 1
     assert "KeyError: 'run_id'" in out.splitlines()[-3]  # then its verdict, and where the logs are
 

@@ -217,9 +217,13 @@ def test_what_the_checkpoints_cannot_take_is_refused_even_with_force_and_nothing
 def test_resume_lists_each_changed_key_and_a_finished_run_can_be_lengthened(recipe):
     finish(launcher("run", recipe, "run.name=short", "train.max_steps=4"), code=0)
     run = run_of(recipe, "short")
-    out, _ = finish(launcher("resume", run.path, "train.max_steps=6", "optimizer.lr=0.001"), code=0)
-    assert "changed train.max_steps: 4 -> 6" in out
-    assert "changed optimizer.lr: 0.01 -> 0.001" in out
+    changes = ["train.max_steps=6", "optimizer.lr=0.001"]
+    _, err = finish(launcher("resume", run.path, *changes), code=2)
+    assert "optimizer.schedule_steps=4: goes on with the old one: 0 at step 5" in err
+    out, _ = finish(launcher("resume", run.path, *changes, "optimizer.schedule_steps=6"), code=0)
+    assert "changed train.max_steps: 4 -> 6: moves the end of the run" in out
+    assert "changed optimizer.lr: 0.01 -> 0.001: applies from step 5 on" in out
+    assert "learning rate of step 5: 0 -> " in out
     assert sorted(losses(run)) == [1, 2, 3, 4, 5, 6]
     assert json.loads(run.data_file.read_text())["total_steps"] == 6
     assert run.read_recipe()["optimizer"]["lr"] == 0.001
@@ -227,7 +231,7 @@ def test_resume_lists_each_changed_key_and_a_finished_run_can_be_lengthened(reci
 
 def test_force_goes_on_with_other_data(recipe):
     finish(launcher("run", recipe, "run.name=forced", "train.max_steps=4"), code=0)
-    changes = ["train.max_steps=6", "data.train_on=all"]
+    changes = ["train.max_steps=6", "optimizer.schedule_steps=6", "data.train_on=all"]
     finish(launcher("resume", run_of(recipe, "forced").path, *changes), code=2)
     finish(launcher("resume", run_of(recipe, "forced").path, *changes, "--force"), code=0)
     assert sorted(losses(run_of(recipe, "forced"))) == [1, 2, 3, 4, 5, 6]
