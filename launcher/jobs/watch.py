@@ -201,6 +201,9 @@ class Watch:
             self._tell({"ask": True})
             self._found = self._collect()
             if self._moves():
+                self._say(
+                    f"warning: no rank moved for {max(one.still_s for one in self._found):.0f} s; now they do again"
+                )
                 self._forget()
                 return None
         told = [Evidence(**one) for words in others.values() for one in words.get("found", ())]
