@@ -93,21 +93,28 @@ class Mirror:
             self._complete = {ref.path.name for ref in self.complete()}
         return name in self._complete
 
+    def has_this_run(self) -> bool:
+        """Whether the run that lies there is this one; False: none does.
+
+        Raises:
+            AnotherRun: another one does.
+        """
+        there, here = self.run_id(), self.run.read_json("run.json")["run_id"]
+        if there not in (None, here):
+            raise AnotherRun(
+                f"{self.place} holds another run (id {there}, this one is {here}): give this run another run.name, or "
+                "another checkpoint.mirror."
+            )
+        return there is not None
+
     def require_own(self) -> bool:
         """Whether this run lies there already.
 
         Raises:
             AnotherRun: another run does, or this one has been started elsewhere meanwhile.
         """
-        there = self.run_id()
-        if there is None:
+        if not self.has_this_run():
             return False
-        here = self.run.read_json("run.json")["run_id"]
-        if there != here:
-            raise AnotherRun(
-                f"{self.place} holds another run (id {there}, this one is {here}): give this run another run.name, or "
-                "another checkpoint.mirror."
-            )
         theirs = self._store.read("ledger.jsonl") or b""
         if not _read(self.run.ledger_file).startswith(theirs):
             raise AnotherRun(

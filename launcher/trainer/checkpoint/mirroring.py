@@ -69,7 +69,7 @@ def _restore(run: RunDirectory, mirror: Mirror, say: Say) -> None:
     if not run.exists():
         mirror.fetch_records()
         say(f"mirror: {run.path} was not here and is restored from {mirror.place}")
-    elif mirror.adopt_ledger():
+    elif mirror.has_this_run() and mirror.adopt_ledger():
         say(f"mirror: {run.path} had gone on elsewhere, which is taken over from {mirror.place}")
     mirror.require_own()
     newest = max(valid_checkpoints(run), default=None)

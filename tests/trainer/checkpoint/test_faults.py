@@ -30,7 +30,7 @@ def test_L7_ranges_that_leave_a_gap_are_refused_although_every_hash_is_right(fol
     text = (folder / MANIFEST).read_text()
     rigs.commit(folder, text.replace('"shape": [\n    257\n', '"shape": [\n    258\n'))
     said = "long value: elements from 257 on are missing or there twice (of 258)"
-    assert problems(folder)[0] == f"{folder.name}: {said}"
+    assert f"{folder.name}: {said}" in problems(folder)
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused_with_both_versions(folder):
