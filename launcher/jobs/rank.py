@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import traceback
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ def train(run: str, attempt: int, server: int, environment: Mapping[str, str]) -
     environment: what the launcher decided for this attempt; the fork server may be older than the attempt
     """
     die_with_parent(server)
+    _look_for_garbage()
     os.environ.update(environment)
     from launcher.trainer.main import run_rank
 
@@ -28,6 +30,7 @@ def prepare(run: str, server: int, pipe: Connection) -> None:
     """Node 0's first act: build or find the data store and write data.json. Sends ("progress", ...), then one
     ("done",) or ("user", text) or ("failed", traceback)."""
     die_with_parent(server)
+    _look_for_garbage()
     from launcher.run.directory import RunDirectory
     from launcher.run.secrets import masked_by, named_by
 
@@ -41,6 +44,12 @@ def prepare(run: str, server: int, pipe: Connection) -> None:
         pipe.send((kind, masked_by(named_by(RunDirectory(Path(run))))(text)))
     finally:
         pipe.close()
+
+
+def _look_for_garbage() -> None:
+    """From here on, but not among the modules that the fork server imported: they stay, and their pages shared."""
+    gc.freeze()
+    gc.enable()
 
 
 def _failure(error: Exception) -> tuple[str, str]:

@@ -1,12 +1,15 @@
 """Which process a pid means: it counts together with its start, the running kernel and the namespace of pids.
 
-Pids are used again, and containers on one machine have each their own.
+Pids are used again, and containers on one machine have each their own. And which process does not outlive another.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
 
 
 def boot_id() -> str:
@@ -49,3 +52,16 @@ def lives(pid: int, start: int | None) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel for a signal at the parent's death, and take it now if that came before the question.
+
+    The setting does not pass to children: each one asks for itself. prctl(2), PR_SET_PDEATHSIG.
+    """
+    import ctypes
+
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)

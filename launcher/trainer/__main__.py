@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_USER_ERROR, UserError
+from launcher.run.processes import die_with_parent
+from launcher.trainer.launch_check import LAUNCHED
 
 if TYPE_CHECKING:
     from launcher.run.directory import RunDirectory
@@ -30,6 +32,8 @@ def main() -> None:
     given = "number of an attempt that somebody else started and ends  [default: LAUNCHER_ATTEMPT]"
     parser.add_argument("--attempt", type=int, default=os.environ.get("LAUNCHER_ATTEMPT"), help=given)
     arguments = parser.parse_args()
+    if "TORCHELASTIC_RUN_ID" in os.environ or LAUNCHED in os.environ:  # killed, they would leave their ranks behind
+        die_with_parent(os.getppid())
     try:
         if _nothing_to_do(Path(arguments.run)):
             exit_now(EXIT_FINISHED)
@@ -129,8 +133,6 @@ def _say(text: str) -> None:
 
 def _starter() -> str:
     """Who started the ranks, for the ledger."""
-    from launcher.trainer.launch_check import LAUNCHED
-
     return "accelerate" if LAUNCHED in os.environ else "torchrun"
 
 
