@@ -261,7 +261,7 @@ class Reports:
     def _say(self, step: int, loss: float, judged: Judged) -> None:
         if judged.reason == "spike":
             what = f"loss {loss:.4f} is a spike (above {self.guards.limit(step):.4f})"
-            count = f"{self.guards.spikes} spikes"
+            count = f"{self.guards.spikes} spike{'s' * (self.guards.spikes != 1)}"
         else:
             what, count = f"loss {loss:g} or its gradient is not finite", f"{self.guards.skipped} skipped"
         then = "the weights were left as they were" if judged.skipped else "it was learnt from (train.on_spike = warn)"

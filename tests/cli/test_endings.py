@@ -11,6 +11,7 @@ import pytest
 
 from launcher.run.control import read_outcomes, read_verdict
 from launcher.run.ledger import attempts, valid_checkpoints
+from launcher.run.left_out import left_out
 from launcher.run.state import read_state
 from tests.jobs.make import finish, launcher, losses, project, run_of
 
@@ -33,12 +34,15 @@ def test_a_loss_that_is_not_finite_is_said_once_without_traceback(recipe: Path):
     assert attempts(run_of(recipe, "stop"))[-1].end_class == "non_finite"
 
 
-def test_skipping_gives_up_after_ten_steps_in_a_row(recipe: Path):
-    out, err = finish(launcher("run", recipe, "run.name=skip", *EXPLODES, "train.on_nonfinite=skip"), code=1)
+def test_skipping_goes_back_once_after_so_many_steps_in_a_row_and_then_gives_up(recipe: Path):
+    skip = ["run.name=skip", *EXPLODES, "train.on_nonfinite=skip", "train.max_skips=10"]
+    out, err = finish(launcher("run", recipe, *skip), code=1)
     assert "Traceback" not in out + err
-    assert (out + err).count("was not finite in 10 steps in a row") == 1
+    assert "so leaving batches out does not help" in out + err
     run = run_of(recipe, "skip")
-    assert (attempts(run)[-1].end_class, read_state(run).status, read_verdict(run)) == ("non_finite", "failed", "stop")
+    assert [attempt.end_class for attempt in attempts(run)] == ["non_finite"] * 2
+    assert len(left_out(run)) == 10
+    assert (read_state(run).status, read_verdict(run)) == ("failed", "stop")
     assert len(losses(run)) < 20
 
 

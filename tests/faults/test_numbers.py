@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import io
 import json
 import math
 import os
@@ -13,21 +15,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from launcher.cli import status
 from launcher.data.batches import Batches
 from launcher.data.packing import pack
 from launcher.data.store import Encoded, Index, write_part, write_store
+from launcher.jobs.console import Console
+from launcher.jobs.supervisor import launch
+from launcher.recipe.check import load
 from launcher.recipe.schema import Recipe
 from launcher.run.control import clear_stop, read_outcomes
 from launcher.run.directory import RunDirectory
-from launcher.run.ledger import start_attempt, valid_checkpoints
+from launcher.run.ledger import attempts, start_attempt, valid_checkpoints
 from launcher.run.left_out import left_out
 from launcher.run.summary import summarise
 from launcher.trainer.metrics import read_metrics
-from tests.jobs.make import tensors_of
+from tests.jobs.make import project, run_of, tensors_of
 from tests.ranks import run_ranks
 from tests.trainer import make
 from tests.trainer.test_loop import rank_that_is_stopped
+from tests.trainer.test_stream import streaming_run
 
 pytestmark = [pytest.mark.gloo, pytest.mark.slow]
 
@@ -112,7 +120,7 @@ def attempt_of(runs: Sequence[RunDirectory], *, ranks: int = 2, fault: Any = Non
     """One attempt of each run in the same ranks; what each raised: [run][rank]."""
     numbers = [start(run) for run in runs]
     started = [(str(run.path), number, fault) for run, number in zip(runs, numbers, strict=True)]
-    by_rank = run_ranks(rank_of_runs, ranks, started)
+    by_rank = run_ranks(rank_of_runs, ranks, started, timeout_s=600)
     return [list(of_run) for of_run in zip(*by_rank, strict=True)]
 
 
@@ -270,6 +278,80 @@ def test_F30_a_rolled_back_run_is_bit_equal_to_one_that_left_the_batch_out_from_
         assert trainer_state(other) == trainer_state(never)
 
 
+class Spoil:
+    """Makes one number of a live parameter of one rank infinite, as a flipped bit may."""
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+
+    def __call__(self, t: Any) -> None:
+        if t.ranks.rank == self.rank and t.step + 1 == self.step:
+            write_memory(next(p for p in t.engine.module.parameters() if p.dim() == 1), b"\x00\x00\x80\x7f", at=0)
+
+
+def write_memory(tensor: Any, data: bytes, *, at: int) -> None:
+    """Write into the memory of this live process behind torch's back."""
+    memory = os.open("/proc/self/mem", os.O_RDWR)
+    os.pwrite(memory, data, tensor.data_ptr() + at)
+    os.close(memory)
+
+
+def test_F30_the_launcher_goes_back_by_itself_and_finishes_without_the_poisoned_record(tmp_path):
+    """A record whose weights make its loss infinite, on_nonfinite=rollback: one call of the launcher goes back within
+    the job, leaves its batch out, and finishes; status tells of it."""
+    recipe = project(
+        tmp_path, train={"on_nonfinite": "rollback", "max_steps": 5}, checkpoint={"every_steps": 1, "rehearse": False}
+    )
+    chance = random.Random(0)
+    with (tmp_path / "data.jsonl").open("w") as file:
+        for record in range(40):  # two a row, so that each is in one of the steps
+            ids = [chance.randrange(5, 300) for _ in range(60)]
+            mask = [TOO_LARGE if record == 7 else 1.0] * 60
+            file.write(json.dumps({"input_ids": ids, "loss_mask": mask}) + "\n")
+    said = io.StringIO()
+    loaded = load(recipe, ["data.num_workers=1"]).recipe
+    assert launch(loaded, force=False, console=Console(said)) == 0, said.getvalue()
+    run = run_of(recipe)
+    assert [attempt.end_class for attempt in attempts(run)] == ["non_finite", "finished"]
+    ((step, batch),) = left_out(run).items()
+    assert batch.records is not None
+    assert 7 in batch.records[str(tmp_path / "data.jsonl")]
+    assert line_of(run, step)["left_out"] is True
+    assert summarise(run)["guards"] == {"skipped": 0, "spikes": 0, "left_out": 1}
+    shown = CliRunner().invoke(status.command, [str(run.path)], catch_exceptions=False).output
+    assert "guards      1 global batch left out (left-out.jsonl)" in shown
+
+
+def test_F30_a_stream_goes_on_behind_the_batch_that_is_left_out_and_shows_it_again(tmp_path):
+    """NaN on one rank of streamed data, on_nonfinite=rollback: the lanes of all ranks go on behind the batch; its
+    records are written down and its rows can be read again from the checkpoint before it."""
+    from launcher.cli.preview import _of_run
+    from launcher.data.preview import preview
+    from launcher.data.tokenizer import TokenizerSpec, describe_tokenizer, load_tokenizer
+
+    run = streaming_run(tmp_path, train__on_nonfinite="rollback", checkpoint__rehearse=False)
+    data, words = run.read_json("data.json"), TokenizerSpec(str(tmp_path / "tokenizer"))
+    known = {"tokenizer": describe_tokenizer(words, load_tokenizer(words)), "steps_per_epoch": None}
+    run.data_file.write_text(json.dumps({**data, **known}))
+    never = twin(run, tmp_path / "never")
+    for name, text in attempt_of([run], fault=Spoil(1, 6))[0]:
+        assert name == "RollBack"
+        assert text.startswith("step 6: ")
+    shutil.copy(run.left_out_file, never.left_out_file)
+    written = left_out(run)[6].records or {}
+    loaded, prepared, begin = _of_run(str(run.path), (), 6)
+    assert begin[0] == 4
+    shown = preview(loaded, prepared, rows=None, step=6, begin=begin)
+    again: dict[str, set[int]] = {}
+    for document in (document for row in shown["rows"] for document in row["documents"]):
+        again.setdefault(document["source"], set()).add(document["record"])
+    assert {source: sorted(records) for source, records in again.items()} == written
+    assert written
+    assert attempt_of([run, never]) == [[None, None]] * 2
+    assert losses(run) == losses(never)
+    assert newest(run) == newest(never)
+
+
 # F31: a spike of the loss
 
 SPIKE = {"train__spike_window": 8, "train__spike_sigmas": 4.0}
@@ -279,47 +361,47 @@ def test_F31_a_poisoned_batch_takes_the_run_back_and_its_records_can_be_looked_a
     """Loss spike by a poisoned batch, on_spike=rollback: the run goes back to its last checkpoint, the ids of the batch
     are written down, its rows can be shown again, and it is left out."""
     recipe = recipe_of(train__on_spike="rollback", checkpoint__every_steps=5, **SPIKE)
-    poisoned = data_with(tmp_path, recipe, {18: HEAVY}, steps=22)[18]
-    run = make.make_run(tmp_path, recipe, total_steps=22, evaluation=False)
+    poisoned = data_with(tmp_path, recipe, {12: HEAVY}, steps=14)[12]
+    run = make.make_run(tmp_path, recipe, total_steps=14, evaluation=False)
     for name, text in attempt_of([run])[0]:
         assert name == "RollBack"
-        assert text.startswith("step 18: loss ")
+        assert text.startswith("step 12: loss ")
     assert {(o.failure_class, o.rolls_back) for o in read_outcomes(run, 1).values()} == {("non_finite", True)}
     (written,) = left_out(run).values()
-    assert (written.step, written.reason) == (18, "spike")
+    assert (written.step, written.reason) == (12, "spike")
     assert written.loss is not None
     assert written.limit is not None
     assert written.loss > written.limit
     assert poisoned in (written.records or {})["made.jsonl"]
-    assert valid_checkpoints(run)[-1].step == 15
+    assert valid_checkpoints(run)[-1].step == 10
     from launcher.data.mix import Mix
 
     mix = Mix.open(run.read_json("data.json")["train"])
-    rows = mix.global_batch(17, seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size)
+    rows = mix.global_batch(11, seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size)
     shown = {document.record: document for row in rows.tolist() for document in mix.documents(row)}
     assert sorted(shown) == (written.records or {})["made.jsonl"]
     assert shown[poisoned].weights.max() == HEAVY
     assert attempt_of([run]) == [[None, None]]
-    assert line_of(run, 18)["left_out"] is True
-    assert max(loss for step, loss in losses(run).items() if step > 15 and loss is not None) < written.limit
+    assert line_of(run, 12)["left_out"] is True
+    assert max(loss for step, loss in losses(run).items() if step > 10 and loss is not None) < written.limit
 
 
 def test_F31_every_strategy_drops_the_update_of_the_spike_itself_and_a_resume_decides_alike(tmp_path):
     """on_spike=skip: the update of the very step is dropped on every rank, whatever the strategy; a run that was
     stopped and resumed is bit-equal to one that was not."""
-    runs = [make_run(tmp_path / kind, recipe_of(kind, train__on_spike="skip", **SPIKE), {18: HEAVY}, steps=21)
+    runs = [make_run(tmp_path / kind, recipe_of(kind, train__on_spike="skip", **SPIKE), {12: HEAVY}, steps=14)
             for kind in KINDS]  # fmt: skip
     stopped, left = twin(runs[0], tmp_path / "stopped"), twin(runs[0], tmp_path / "left")
-    left.left_out_file.write_text('{"step": 18, "attempt": 1, "reason": "spike"}\n')
+    left.left_out_file.write_text('{"step": 12, "attempt": 1, "reason": "spike"}\n')
     assert attempt_of([*runs, left]) == [[None, None]] * 6
     for run in runs:
-        line = line_of(run, 18)
+        line = line_of(run, 12)
         assert (line["spike"], line["skipped"], line["steps_skipped"], line["loss_spikes"]) == (True, True, 1, 1)
-        assert trainer_state(run)["optimizer_step"] == 20
+        assert trainer_state(run)["optimizer_step"] == 13
         assert all(math.isfinite(loss or math.nan) for loss in losses(run).values())
     assert newest(left) == newest(runs[0])
     attempt = start(stopped)
-    run_ranks(rank_that_is_stopped, 2, str(stopped.path), attempt, 15, "request")
+    run_ranks(rank_that_is_stopped, 2, str(stopped.path), attempt, 8, "request")
     clear_stop(stopped)
     assert attempt_of([stopped]) == [[None, None]]
     assert losses(stopped) == losses(runs[0])
@@ -348,11 +430,9 @@ class Flip:
 
     def flip(self, tensor: Any) -> None:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        memory = os.open("/proc/self/mem", os.O_RDWR)
-        at = local.data_ptr() + 4 * 5 + 2  # a bit of the sixth number's exponent
-        byte = os.pread(memory, 1, at)[0]
-        os.pwrite(memory, bytes([byte ^ 0x80]), at)
-        os.close(memory)
+        at = 4 * 5 + 2  # a byte with the last bit of the sixth number's exponent
+        byte = ctypes.string_at(local.data_ptr() + at, 1)[0]
+        write_memory(local, bytes([byte ^ 0x80]), at=at)
 
 
 def test_F32_a_flipped_bit_is_found_within_the_period_the_rank_is_named_and_no_checkpoint_holds_it(tmp_path):
