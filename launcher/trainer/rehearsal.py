@@ -22,6 +22,7 @@ from launcher.errors import UserError
 from launcher.plan.disk import size_text
 from launcher.run.directory import checkpoint_name
 from launcher.run.rehearsal import Rehearsal, write_rehearsal
+from launcher.trainer.beat import beat
 from launcher.trainer.checkpoint import retention
 from launcher.trainer.checkpoint.format import CheckpointError, share_replicas
 from launcher.trainer.failures import SaveError
@@ -58,8 +59,10 @@ def rehearse(
     before, needed = _digests(engine), _share(engine)
     _agree(_lacking_memory(manager, needed))
     state = {"step": 0, **engine.trainer_state()}
+    beat("start")
     manager.save(0, engine, state, lanes=None if lanes is None else lanes(0))
     status = manager.wait()
+    beat("start")  # whatever moves shows that this rank lives
     total = int(_sum(needed, engine.device))
     problem = status.reason or "another rank could not write its part" if status.state == "failed" else None
     _agree(_words(run, problem, total) if problem else None)

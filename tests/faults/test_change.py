@@ -401,8 +401,7 @@ PAIR: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # kind, keys, w
     "workers": (
         "fsdp2", {"data__num_workers": 1, "config": DROPOUT}, {"data__num_workers": 4, "strategy__prefetch": 2},
     ),
-    "tied": ("ddp", {"config": TIED}, {}),
-    "tied, sharded": ("fsdp2", {"config": TIED}, {}),
+    "tied": ("fsdp2", {"config": TIED}, {}),
     "bf16 weights and moments": ("fsdp2", {"model__dtype": "bf16"}, {}),
     "adapter": ("ddp", {"adapter__kind": "lora", "adapter__rank": 4, "adapter__dropout": 0.1, "config": TIED}, {}),
     "frozen weights stored": (

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
 from launcher.plan.saving import SaveCost
+from launcher.recipe.schema import Checkpoint
+from launcher.trainer import saving
 from launcher.trainer.interval import UNKNOWN_S, SaveInterval
+from tests.trainer.test_saving import Manager
 
 DAY = 86400.0
 
@@ -71,3 +75,29 @@ def test_the_time_of_a_step_is_not_moved_by_steps_that_stood_still() -> None:
         now += 50.0 if i % 10 == 9 else 1.0
         interval.due(now, since=now)
     assert interval.step_s == 1.0
+
+
+def test_rank_0_wishes_a_save_when_it_pays_and_steps_that_are_kept_for_good_are_saved_besides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = SimpleNamespace(now=0.0)
+    now.monotonic = lambda: now.now
+    monkeypatch.setattr(saving, "time", now)
+    engine = SimpleNamespace(ensure_state=lambda: None, trainer_state=dict)
+    keys = Checkpoint(every_steps="auto", mttf_hours=24, keep_every_steps=50)
+    interval = SaveInterval(mttf_s=DAY, lead_s=300, cost=SaveCost(0.1, 1.0))
+    first, other = (
+        saving.Saver(Manager(), engine, keys, step=None, rank=rank, interval=interval if rank == 0 else None)  # type: ignore[arg-type]
+        for rank in (0, 1)
+    )
+    assert (
+        [step for step in range(1, 120) if first.due(step)] == [50, 100] == [s for s in range(1, 120) if other.due(s)]
+    )
+    wished = []
+    for step in range(1, 301):
+        now.now += 1.0
+        assert not other.wanted()
+        if first.wanted():
+            wished.append(step)
+            first.save(step)
+    assert [b - a for a, b in pairwise([0, *wished])] == pytest.approx([132, 132], abs=2)

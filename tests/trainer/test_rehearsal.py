@@ -4,14 +4,17 @@ said at once."""
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.run.ledger import valid_checkpoints
+from launcher.run.control import read_outcomes
+from launcher.run.ledger import start_attempt, valid_checkpoints
 from launcher.run.rehearsal import read_rehearsal
 from launcher.trainer.metrics import read_metrics
+from tests.ranks import run_ranks
 from tests.trainer import make
 
 pytestmark = pytest.mark.gloo
@@ -65,4 +68,94 @@ def test_a_rehearsed_run_learns_bit_for_bit_what_one_without_does(tmp_path: Path
     assert (found.world_size, found.attempt) == (2, 1)
     assert found.bytes > 0
     assert 0 < found.blocked_s <= found.durable_s < 60
-    print(found)
+
+
+def ends(rank: int, world_size: int, path: str, attempt: int, how: str) -> str:
+    """Run a rank in which the rehearsal meets that; the class of what it ends with, and its words."""
+    import resource
+
+    from launcher.run.directory import RunDirectory
+    from launcher.trainer import assembly, rehearsal
+    from launcher.trainer.checkpoint.manager import CheckpointManager
+    from launcher.trainer.main import run_rank
+
+    read_back, rehearse, limit = CheckpointManager.read_back, rehearsal.rehearse, resource.getrlimit(resource.RLIMIT_AS)
+
+    def after_a_flipped_bit(self: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        if rank == 0:
+            file = RunDirectory(path).checkpoints / name / "rank-00001.safetensors"
+            data = bytearray(file.read_bytes())
+            data[-9] ^= 4
+            file.write_bytes(data)
+        return read_back(self, name, *args, **kwargs)
+
+    def short_of_memory(*args: Any, **kwargs: Any) -> Any:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), limit[1]))
+        try:
+            return rehearse(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limit)
+
+    try:
+        if how == "flip":
+            CheckpointManager.read_back = after_a_flipped_bit  # type: ignore[method-assign]
+        if how == "memory" and rank == world_size - 1:
+            assembly.rehearse = short_of_memory  # type: ignore[attr-defined]
+        run_rank(path, attempt)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        CheckpointManager.read_back, assembly.rehearse = read_back, rehearse  # type: ignore[method-assign, attr-defined]
+    return "trained"
+
+
+def met(run: Any, how: str = "", *, ranks: int = 2) -> str:
+    """What every rank of an attempt says; nothing was trained, and nothing is left."""
+    attempt = start_attempt(run, target="test", job_id=None, nodes=["here"], reason="test")
+    said = set(run_ranks(ends, ranks, str(run.path), attempt, how))
+    assert len(said) == 1, said
+    assert not run.metrics_file.exists() or not run.metrics_file.read_text()
+    assert list(run.checkpoints.iterdir()) == []
+    return said.pop()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("size=100k", ["No space left on device", "It takes 291 KiB, ", " are free", "choose another run.dir"]),
+        ("ro", ["Read-only file system", "mounted read-only. Mount it for writing"]),
+    ],
+)
+def test_a_file_system_that_takes_no_checkpoint_ends_the_run_before_its_first_step(
+    tmp_path: Path, options: str, words: list[str]
+) -> None:
+    run = make.make_run(tmp_path, make.make_recipe("ddp"), evaluation=False)
+    mount = ["mount", "-t", "tmpfs", "-o", options, "none", str(run.checkpoints)]
+    if (mounted := subprocess.run(mount, capture_output=True, text=True)).returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    try:
+        said = met(run)
+    finally:
+        subprocess.run(["umount", "-l", str(run.checkpoints)], check=True)
+    assert said.startswith("UserError: no checkpoint can be written to ")
+    assert all(word in said for word in words), said
+    assert {outcome.failure_class for outcome in read_outcomes(run, 1).values()} == {"user"}
+
+
+def test_storage_that_loses_data_is_named_with_the_file(tmp_path: Path) -> None:
+    run = make.make_run(tmp_path, make.make_recipe("fsdp2"), evaluation=False)
+    said = met(run, "flip")
+    assert said.startswith("SaveError: ")
+    assert "rank-00001.safetensors: its content has changed" in said
+    assert "loses data: use another one. Nothing was trained yet." in said
+    assert {outcome.failure_class for outcome in read_outcomes(run, 1).values()} == {"node"}
+
+
+def test_a_host_without_room_for_the_copy_says_how_much_it_takes(tmp_path: Path) -> None:
+    config = {**make.LLAMA, "intermediate_size": 8192}
+    run = make.make_run(tmp_path, make.make_recipe("ddp", config=config), evaluation=False)
+    said = met(run, "memory")
+    assert said.startswith("UserError: checkpoint.async_save = true: expected host memory for a copy ")
+    assert "2 x 9." in said
+    assert "Use checkpoint.async_save=false" in said
