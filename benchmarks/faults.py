@@ -182,14 +182,15 @@ def preempted(ground: Any, scene: Any) -> Any:
     """A run that was stopped in its sixth step or so, with a checkpoint of each step."""
     from tests.jobs.make import run_of
 
-    at = {"run": "damaged", "phase": "optimizer", "step": 5, "rank": 0, "to": "launcher"}
+    run = run_of(ground.recipe, "damaged")
+    at = {"run": str(run.path), "phase": "optimizer", "step": 5, "rank": 0, "to": "launcher"}
     ground.whole(scene)
     (ground.lane.rows / "signal").write_text(json.dumps(at))
     code, said = ground.lane.finish(
         ground.recipe, "run.name=damaged", *scene.changes, "checkpoint.keep_last=4", "checkpoint.rehearse=false"
     )
     assert code == 75, said
-    return run_of(ground.recipe, "damaged")
+    return run
 
 
 def part_preempt(folder: Path, options: argparse.Namespace) -> tuple[Any, list[str]]:

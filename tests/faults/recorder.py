@@ -1,8 +1,9 @@
 """Inside every rank of a lane's fork server: writes down which rows it takes, and raises a signal in a chosen phase.
 
 Both in the folder that `LAUNCHER_TEST_ROWS` names. Rows go to a file that is named by the attempt, as torch's agent
-calls it. A file `signal` says `{"run", "phase", "step", "rank", "to"}`: when that rank has made so many updates in its
-process and is inside that phase, SIGTERM goes to its own process (`rank`) or to the launcher, and the file goes.
+calls it. A file `signal` says `{"run", "phase", "step", "rank", "to"}`: when that rank of the run directory `run` has
+made so many updates in its process and is inside that phase, SIGTERM goes to its own process (`rank`) or to the
+launcher, and the file goes. In the second case the rank stays in the phase until the launcher has asked for a stop.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from typing import Any
 
 import torch
@@ -38,10 +40,17 @@ def _in(phase: str) -> None:
             asked = json.load(file)
     except (OSError, ValueError):  # another rank has just taken it away
         return
-    here = attempt.rpartition("-a")[0] == asked["run"] and os.environ["RANK"] == str(asked["rank"])
+    name = os.path.basename(asked["run"])
+    here = attempt.rpartition("-a")[0] == name and os.environ["RANK"] == str(asked["rank"])
     if here and asked["phase"] == phase and _updates >= asked["step"]:
         os.rename(asked_file, asked_file + "ed")
-        os.kill(os.getpid() if asked["to"] == "rank" else int(os.environ[PARENT]), signal.SIGTERM)
+        if asked["to"] == "rank":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        os.kill(int(os.environ[PARENT]), signal.SIGTERM)
+        request, until = os.path.join(asked["run"], "control", "stop-request"), time.monotonic() + 60
+        while not os.path.exists(request) and time.monotonic() < until:
+            time.sleep(0.01)
 
 
 def _step(self: Any, step: int) -> Any:
