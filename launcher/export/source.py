@@ -7,14 +7,15 @@ import logging
 from launcher.errors import UserError
 from launcher.run import ledger
 from launcher.run.directory import RunDirectory
-from launcher.trainer.checkpoint.format import CheckpointError
-from launcher.trainer.checkpoint.reader import Reader, read_manifest, verify_files
+from launcher.trainer.checkpoint.reader import Reader
+from launcher.trainer.checkpoint.retention import Hold
+from launcher.trainer.checkpoint.verify import problems, read_manifest, why
 
 log = logging.getLogger(__name__)
 
 
 def open_checkpoint(run: RunDirectory, name: str | None) -> Reader:
-    """A reader that holds all files open, so that a run that goes on training may delete them meanwhile.
+    """A reader of a verified checkpoint, which a run that goes on training does not delete while this process lives.
 
     Raises:
         UserError: there is none, none of that name, or none that is whole; says what is wrong with each.
@@ -25,20 +26,19 @@ def open_checkpoint(run: RunDirectory, name: str | None) -> Reader:
     if name is not None and name not in valid:
         raise UserError(f"--checkpoint {name}: expected one of {', '.join(valid)}.")
     run_id = run.read_json(run.run_file.name)["run_id"]
-    problems: list[str] = []
+    bad: list[str] = []
     for folder in [valid[name]] if name is not None else reversed(valid.values()):
         try:
-            manifest = read_manifest(folder, run_id=run_id)
-            found = verify_files(folder, manifest, range(len(manifest["files"])))
-            if not found:
-                reader = Reader(folder, manifest)
-                reader.open_all()
-                return reader
-        except CheckpointError as error:
-            found = [str(error)]
+            hold = Hold(folder)
         except OSError as error:  # deleted since it was listed
-            found = [f"{folder.name}: {error.strerror}"]
-        problems += found
+            found = [f"{folder.name}: {why(error)}"]
+        else:
+            if not (found := problems(folder, run_id=run_id)):
+                reader = Reader(folder, read_manifest(folder, run_id=run_id), hold=hold)
+                reader.open_all()  # for file systems whose locks do not reach the host that trains
+                return reader
+            hold.release()
+        bad += found
         for problem in found:
             log.warning("bad checkpoint: %s", problem)
-    raise UserError("\n".join([f"{run.path}: no checkpoint is whole:", *(f"  {problem}" for problem in problems)]))
+    raise UserError("\n".join([f"{run.path}: no checkpoint is whole:", *(f"  {problem}" for problem in bad)]))

@@ -12,6 +12,7 @@ from torch import Tensor
 from launcher.run.directory import MARKER
 from launcher.run.files import retrying
 from launcher.trainer.checkpoint.format import DTYPES
+from launcher.trainer.checkpoint.retention import Hold
 from launcher.trainer.checkpoint.verify import (
     CODES,
     LENGTH,
@@ -46,10 +47,13 @@ class Reader:
 
     Args:
         table: from `read_table`, here or on another rank; None: read it now
+        hold: on the checkpoint, kept as long as the reader
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, table: Table | None = None) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(
+        self, folder: Path, manifest: Manifest, table: Table | None = None, *, hold: Hold | None = None
+    ) -> None:
+        self.folder, self.manifest, self._hold = folder, manifest, hold
         self.table = read_table(folder, manifest) if table is None else table
         self._groups = group_rows(self.table, manifest)
         self._maps: dict[int, mmap.mmap] = {}
