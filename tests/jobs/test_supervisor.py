@@ -15,8 +15,9 @@ from launcher.jobs.opening import discard_if_fresh
 from launcher.jobs.signals import Signals
 from launcher.jobs.supervisor import conclude, pass_on_stop
 from launcher.recipe.schema import Recipe
-from launcher.run.control import read_verdict, stop_reason, stop_requested
+from launcher.run.control import read_verdict, request_stop, stop_reason, stop_requested
 from launcher.run.directory import RunDirectory
+from launcher.run.lease import hold_lease
 from launcher.run.ledger import attempts, start_attempt
 from launcher.run.reserve import keep_back
 from launcher.run.state import reached_end, read_state, write_state
@@ -130,3 +131,47 @@ def test_an_end_that_cannot_be_written_is_one_line_and_the_exit_code_stays(run, 
         f"warning: {run.path}: ledger.jsonl, state.json, verdict could not be written (Is a directory)\n"
     )
     assert not run.reserve.exists()
+
+
+def to_be_continued(**more) -> Ending:
+    ending = {"status": "failed", "failure_class": "communication", "step": 9, "message": "m", "verdict": "requeue"}
+    return Ending(**{**ending, "again": True, "pause_s": 600.0, **more})
+
+
+def test_the_next_start_is_made_at_once_after_progress(run):
+    with hold_lease(run) as lease:
+        ending = supervisor.paused(run, 1, to_be_continued(pause_s=0.0), lease, Signals(), deadline=None)
+    assert ending.again
+    assert read_verdict(run) is None
+
+
+@pytest.mark.parametrize("why", ["SIGTERM", "time limit", "touch"])
+def test_a_stop_in_the_pause_ends_it_and_leaves_the_next_start_to_whoever_asked(run, why):
+    signals, deadline = Signals(), None
+    if why == "SIGTERM":
+        signals.stop = why
+    elif why == "touch":
+        (run.control / "stop-request").touch()
+    else:
+        deadline = time.monotonic() - 1
+    with hold_lease(run) as lease:
+        ending = supervisor.paused(run, 1, to_be_continued(), lease, signals, deadline=deadline)
+    assert (ending.again, ending.status, ending.exit_code, ending.worker_exit_code) == (False, "preempted", 75, 75)
+    assert "before attempt 2, which was to begin after: m" in ending.message
+    assert (read_state(run).status, read_verdict(run), stop_requested(run)) == ("preempted", "requeue", False)
+
+
+def test_a_cancel_in_the_pause_is_for_good(run):
+    request_stop(run, "cancelled by ann")
+    with hold_lease(run) as lease:
+        ending = supervisor.paused(run, 1, to_be_continued(), lease, Signals(), deadline=None)
+    assert (ending.again, ending.status, read_verdict(run)) == (False, "cancelled", "stop")
+
+
+def test_l11_whoever_lost_the_run_in_the_pause_starts_nothing_and_writes_nothing(run):
+    with hold_lease(run) as lease:
+        start_attempt(run, target="local", job_id=None, nodes=["elsewhere"], reason="run")
+        ending = supervisor.paused(run, 1, to_be_continued(pause_s=0.0), lease, Signals(), deadline=None)
+    assert not ending.again
+    assert "has been taken over meanwhile" in ending.message
+    assert (read_verdict(run), read_state(run).attempt) == (None, 2)
