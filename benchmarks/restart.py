@@ -4,8 +4,8 @@ The launcher restarts the ranks in the job (a new attempt from the newest checkp
 `torchrun --max-restarts` restarts a hand-written script that imports the same libraries, trains the same tiny model and
 loads its newest checkpoint. torchrun has its best case: the other rank's connection breaks, it fails at once by itself,
 and torchrun's 30 s for ranks that do not heed SIGTERM are never waited for. Kills alternate between both, so that a
-busy machine is fair. Prints the seconds of each and the ratio (goal: 0.5 or less).
-The launcher's first step counts when its figures are written, which is while its second step runs.
+busy machine is fair; the ranks of the one that waits are stopped meanwhile. Prints the seconds of each and the ratio
+(goal: 0.5 or less). The launcher's first step counts when its figures are written, while its second step runs.
 
     python benchmarks/restart.py [--kills 5]
 """
@@ -13,6 +13,7 @@ The launcher's first step counts when its figures are written, which is while it
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,11 @@ def main() -> None:
         with Launcher(folder) as ours, Torchrun(folder, kills) as theirs:
             pairs = []
             for number in range(kills):
-                pairs.append((ours.restart(), theirs.restart()))
+                with theirs.stopped():
+                    a = ours.restart()
+                with ours.stopped():
+                    b = theirs.restart()
+                pairs.append((a, b))
                 print(f"kill {number + 1}: launcher {pairs[-1][0]:.2f} s, torchrun {pairs[-1][1]:.2f} s", flush=True)
     a, b = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
     ratio = statistics.median(x / y for x, y in pairs)
@@ -107,6 +112,16 @@ class Running:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The ranks stand still, so that they take nothing from the other."""
+        ranks = self.ranks()
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+        for pid in ranks:
+            os.kill(pid, signal.SIGCONT)
 
     def lines(self) -> list[dict[str, Any]]:
         """Of every step so far: its time, and what tells the ranks' lives apart."""

@@ -258,11 +258,13 @@ def test_F19_a_launcher_killed_in_a_pause_while_preparing_or_while_a_rank_is_bei
     held = until("a rank that has not begun", lambda: inside.held() or process.poll() is not None)
     below = descendants(process.pid)
     assert set(held) <= set(below)
+    server = _server_of(process.pid)
+    assert server is not None
     process.kill()
     process.wait()  # its pipes are still held
-    nothing_lives([pid for pid in below if pid not in inside.held()])
+    nothing_lives([server])
     inside.let_go()
-    nothing_lives(inside.held())
+    nothing_lives([*below, *inside.held()])
 
 
 @pytest.fixture(scope="module")
