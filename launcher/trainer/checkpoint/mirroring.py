@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 POLL_S = 1.0
 FIRST_RETRY_S, LONGEST_RETRY_S = 5.0, 600.0
 LAST_TRIES = 3  # at the end of a run
-AFTER_STOP_S = 60.0  # for what is still to be copied when a run stops before its end
+AFTER_STOP_S = 15.0  # for what is still to be copied when a run stops before its end: its scheduler may be waiting
 _LAST_RETRY_S = 2.0
 
 Say = Callable[[str], object]
