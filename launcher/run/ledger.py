@@ -236,7 +236,7 @@ def ledger_lock(run: RunDirectory, *, wait_s: float = LOCK_WAIT_S) -> Iterator[N
     file is replaced. That is safe: the lock only makes a stale writer notice early; attempt numbers decide what
     counts.
     """
-    run.control.mkdir(parents=True, exist_ok=True)
+    retrying(lambda: run.control.mkdir(parents=True, exist_ok=True), what=run.control)
     path = run.control / "ledger.lock"
     deadline = time.monotonic() + wait_s
     while (handle := retrying(lambda: _try_lock(path), what=path)) is None:

@@ -207,8 +207,11 @@ class CheckpointManager:
             head = "every checkpoint of this run is bad; none was deleted:"
             raise CheckpointError("\n".join([head, *self.problems, fix]))
         if self.rank == 0:
-            for name in retention.sweep(self.run, attempt=self.attempt):
-                log.info("removed %s: unfinished or void", name)
+            try:
+                for name in retention.sweep(self.run, attempt=self.attempt):
+                    log.info("removed %s: unfinished or void", name)
+            except OSError as error:
+                log.warning("what an older attempt left could not be removed: %s; it is tried again later", error)
         return state
 
     def reserve(self, num_bytes: int) -> None:
@@ -308,7 +311,7 @@ class CheckpointManager:
         if self._from_rank_0(self._bad_manifest(folder) if self.rank == 0 else None):
             told = self._from_rank_0(self._heal(folder, None) if self.rank == 0 else None)
         try:
-            self._hold = retention.Hold(folder)
+            self._hold = retrying(lambda: retention.Hold(folder), what=folder)
             manifest = read_manifest(folder, run_id=self.meta["run_id"])
             for number in range(self.rank, len(all_files(manifest)), self.world_size):
                 if wrong := verify_files(folder, manifest, [number]):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launcher.run import ledger
 from launcher.run.directory import MARKER, RunDirectory, parse_checkpoint_name
-from launcher.run.files import retrying, sync_folder
+from launcher.run.files import is_there, list_folder, retrying, sync_folder
 from launcher.run.ledger import CheckpointRef
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # then a reader is on its own, as docs/checkpoint.md says
@@ -99,20 +99,13 @@ def sweep(run: RunDirectory, *, attempt: int) -> list[str]:
 
 def unfinished(run: RunDirectory, *, attempt: int) -> list[str]:
     """Names of the checkpoints of this and older attempts that have no marker."""
-    return [folder.name for folder in _folders(run, attempt) if not (folder / MARKER).exists()]
+    return [folder.name for folder in _folders(run, attempt) if not is_there(folder / MARKER)]
 
 
 def _folders(run: RunDirectory, attempt: int) -> list[Path]:
     """Of this and older attempts, by name."""
-    named = ((folder, parse_checkpoint_name(folder.name)) for folder in sorted(_inside(run.checkpoints)))
+    named = ((run.checkpoints / name, parse_checkpoint_name(name)) for name in sorted(list_folder(run.checkpoints)))
     return [folder for folder, key in named if key and key[1] <= attempt]
-
-
-def _inside(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except FileNotFoundError:
-        return []
 
 
 def _delete_others(run: RunDirectory, attempt: int, names: Collection[str]) -> list[str]:
@@ -199,7 +192,7 @@ def _unlink_marker(folder: Path) -> None:
 
 
 def _require_own(folder: Path) -> None:
-    if folder.is_symlink():
+    if retrying(folder.is_symlink, what=folder):
         raise OSError(errno.ELOOP, "is a symbolic link: nothing is deleted through it", str(folder))
 
 

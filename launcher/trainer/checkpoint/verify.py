@@ -23,7 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from launcher.run.directory import MARKER, parse_checkpoint_name
-from launcher.run.files import retrying
+from launcher.run.files import list_folder, retrying
 
 MANIFEST, VERSION = "manifest.json", 1
 CHUNK = 1 << 24  # bytes read or written, and hashed, at a time
@@ -80,8 +80,11 @@ def read_manifest(folder: Path, *, run_id: str | None = None) -> Manifest:
     Raises:
         CheckpointError: marker or manifest is missing, changed, of a newer version, or of another checkpoint.
     """
-    if folder.is_symlink():
-        raise CheckpointError(f"{folder.name}: is a symbolic link; a checkpoint lies in its run")
+    try:
+        if retrying(folder.is_symlink, what=folder):
+            raise CheckpointError(f"{folder.name}: is a symbolic link; a checkpoint lies in its run")
+    except OSError as error:
+        raise CheckpointError(f"{folder.name}: {why(error)}") from error
     marker, text = (_read(folder, name) for name in (MARKER, MANIFEST))
     if marker != marker_text(text).encode():
         raise CheckpointError(f"{folder.name}: {MANIFEST} is not the one that {MARKER} vouches for")
@@ -227,7 +230,10 @@ def read_table(folder: Path, manifest: Manifest) -> Table:
     names = {name: i for i, name in enumerate(manifest["params"])}
     kinds = {kind: i for i, kind in enumerate(manifest["kinds"])}
     rows = []
-    found = [f"{folder.name}/{name}: does not belong to this checkpoint" for name in strangers(folder, manifest)]
+    try:
+        found = [f"{folder.name}/{name}: does not belong to this checkpoint" for name in strangers(folder, manifest)]
+    except OSError as error:
+        found = [f"{folder.name}: {why(error)}"]
     for rank, record in enumerate(manifest["files"]):
         place = f"{folder.name}/{record['file']}"
         try:
@@ -264,7 +270,7 @@ def read_table(folder: Path, manifest: Manifest) -> Table:
 def strangers(folder: Path, manifest: Manifest) -> list[str]:
     """Names of files that look like this checkpoint's and are not in its manifest."""
     known = {record["file"] for record in all_files(manifest)}
-    written = (path.name for pattern in ("rank-*", "stream-*") for path in folder.glob(pattern))
+    written = [name for name in list_folder(folder) if name.startswith(("rank-", "stream-"))]
     return sorted(name for name in written if name not in known)
 
 
