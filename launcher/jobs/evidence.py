@@ -24,7 +24,7 @@ from launcher.run.heartbeat import PHASES, Beat, Pulse
 from launcher.trainer.beat import DUMP_SIGNAL, answer_file, asking_file, stack_file
 
 ANSWER_S = 5.0  # for a rank to write where it stands
-_WOKEN_S = 2.0  # for one that was stopped
+_WOKEN_S = 5.0  # for one that was stopped
 _PY_SPY_S = 15.0
 _STATES = {"R": "running", "S": "asleep", "D": "in a system call that nothing can end", "T": "stopped", "Z": "dead"}
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$')
@@ -83,15 +83,13 @@ def collect(folder: Path, pulses: Sequence[tuple[Pulse, Beat, float]], node: str
     for pulse, _, _ in pulses:
         answer_file(folder, pulse.rank).unlink(missing_ok=True)
         if before[pulse.rank] not in ("", "T", "Z"):
-            _ask(folder, pulse)
+            _ask(folder, pulse.rank, pulse.pid)
     asked = {pulse.rank for pulse, _, _ in pulses if before[pulse.rank] not in ("", "T", "Z")}
     deadline = time.monotonic() + ANSWER_S
     missing = set(asked)
     while missing and time.monotonic() < deadline:
         time.sleep(0.05)
-        missing -= {
-            r for r in missing if answer_file(folder, r).exists() and _size(stack_file(folder, r)) > sizes[r]
-        }  # fmt: skip
+        missing -= {rank for rank in missing if _has_answered(folder, rank, sizes[rank])}
     found = []
     for pulse, beat, still_s in pulses:
         now, first = state_of(pulse.pid), before[pulse.rank]
@@ -170,15 +168,18 @@ def wake_stopped(folder: Path, found: Sequence[Evidence]) -> list[Evidence]:
     stopped = [e for e in found if e.state == "T"]
     for evidence in stopped:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(evidence.pid, DUMP_SIGNAL)  # waits for the other one, and is answered first
+            _ask(folder, evidence.rank, evidence.pid)  # which it can answer once it goes on
             os.kill(evidence.pid, signal.SIGCONT)
     deadline = time.monotonic() + _WOKEN_S
     silent = {e.rank for e in stopped}
     while silent and time.monotonic() < deadline:
         time.sleep(0.02)
-        silent = {rank for rank in silent if not _main_thread(_text(stack_file(folder, rank)))}
+        silent = {rank for rank in silent if not _has_answered(folder, rank, 0)}
     woken = {e.rank: _main_thread(_text(stack_file(folder, e.rank))) for e in stopped}
-    return [replace(e, stack=woken[e.rank]) if woken.get(e.rank) else e for e in found]
+    return [
+        replace(e, stack=woken[e.rank] or e.stack, collectives=_answer(folder, e.rank)) if e.rank in woken else e
+        for e in found
+    ]
 
 
 def tracer_of(pid: int) -> int:
@@ -188,9 +189,11 @@ def tracer_of(pid: int) -> int:
 
 
 def awaited(found: Sequence[Evidence]) -> str:
-    """The collective in which ranks wait, as far as a rank said: the oldest that is not done."""
+    """The collective in which ranks wait: the oldest that is not done, else the function that a rank stands in."""
     waiting = [one for e in found if e.waits for one in e.collectives or () if not one["done"]]
-    return _named(min(waiting, key=lambda one: one["number"])) if waiting else ""
+    if waiting:
+        return _named(min(waiting, key=lambda one: one["number"]))
+    return next((frame.partition(" ")[0] for e in found if e.waits for frame in e.stack if _waits(frame)), "")
 
 
 def _behind(found: Sequence[Evidence]) -> dict[int, str]:
@@ -227,14 +230,24 @@ def _named(collective: Mapping[str, Any]) -> str:
     return f"{collective['name']} {collective['number']}{of}"
 
 
-def _ask(folder: Path, pulse: Pulse) -> None:
+def _ask(folder: Path, rank: int, pid: int) -> None:
     with contextlib.suppress(OSError):
-        os.kill(pulse.pid, DUMP_SIGNAL)
-        handle = os.open(asking_file(folder, pulse.rank), os.O_WRONLY | os.O_NONBLOCK)
+        os.kill(pid, DUMP_SIGNAL)
+        handle = os.open(asking_file(folder, rank), os.O_WRONLY | os.O_NONBLOCK)
         try:
             os.write(handle, b"?")
         finally:
             os.close(handle)
+
+
+def _has_answered(folder: Path, rank: int, size: int) -> bool:
+    """Whether both answers are there and whole; `size`: of the stack file before it was asked.
+
+    The main thread comes last, and its outermost frame is a module, unless there are more frames than faulthandler
+    writes.
+    """
+    text = _text(stack_file(folder, rank))[size:].rstrip()
+    return answer_file(folder, rank).exists() and text.endswith((" in <module>", "\n  ..."))
 
 
 def _answer(folder: Path, rank: int) -> list[dict[str, Any]] | None:

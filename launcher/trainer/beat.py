@@ -9,6 +9,7 @@ import faulthandler
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -119,6 +120,8 @@ def _answer(asked: int, answer: Path) -> None:
 
 def last_collectives() -> list[dict[str, Any]]:
     """The last collectives of this rank's process groups, oldest first, as torch's flight recorder has them."""
+    if "torch" not in sys.modules:  # then there were none, and now is no time for its import
+        return []
     from torch._C import _distributed_c10d
 
     found = json.loads(_distributed_c10d._dump_fr_trace_json(True, False))  # type: ignore[attr-defined]

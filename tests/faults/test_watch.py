@@ -123,8 +123,9 @@ def test_F16_a_rank_that_hangs_is_named_with_step_and_collective_and_the_run_goe
         assert attempt.end_first.rank == 1
         assert f"rank 1 on {line['node']} has not moved" in attempt.end_first.message
         assert f"at step {line['ranks']['1'][1]} in" in attempt.end_first.message
+        assert TIMEOUT_S - 1 <= line["ranks"]["1"][3] < 3 * TIMEOUT_S, line
+    for line in found[1:]:  # the first may be stopped where nobody waits in a collective
         assert "gloo:" in line["awaited"]
-        assert all(TIMEOUT_S <= rank[3] < 3 * TIMEOUT_S for rank in line["ranks"].values()), line
 
     def stack(attempt: int, rank: int) -> str:
         return (run.logs(attempt, found[0]["node"]) / f"{rank}.stack.txt").read_text()
