@@ -286,7 +286,17 @@ def supervise(
     if silent and ending.failure_class in ("communication", "unknown"):
         message = f"{', '.join(silent)} has gone without a word. {ending.message}"
         return replace(ending, failure_class="node", message=message)
-    return replace(ending, node=machine.name) if ending.rank in mine and not ending.node else ending
+    if ending.rank in mine and not ending.node:
+        ending = _placed(ending, machine.name, watch.steps())
+    return ending
+
+
+def _placed(ending: Ending, node: str, steps: Mapping[int, int]) -> Ending:
+    """The ending of an attempt whose first failing rank could not say where it was, by what was seen of it here."""
+    assert ending.rank is not None
+    done = steps.get(ending.rank)
+    step = max(steps.values(), default=None) if ending.step is None else ending.step
+    return replace(ending, node=node, rank_step=done, step=step)
 
 
 def _name(rank: int, outcome: Outcome, say: Callable[[str], None]) -> None:

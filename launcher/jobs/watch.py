@@ -114,6 +114,10 @@ class Watch:
             self._compare_paces(heard)
         return self._lead(heard) if self._leads else self._follow(heard)
 
+    def steps(self) -> dict[int, int]:
+        """Optimizer steps that ranks of this node had finished when they last said something, by rank."""
+        return {number: (rank.pulse.beat() or rank.beat).step for number, rank in self._ranks.items()}
+
     # this node's ranks
 
     def _meet_ranks(self) -> None:
