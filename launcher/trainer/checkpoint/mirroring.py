@@ -31,6 +31,7 @@ FIRST_RETRY_S, LONGEST_RETRY_S = 5.0, 600.0
 LAST_TRIES = 3  # at the end of a run
 AFTER_STOP_S = 15.0  # for what is still to be copied when a run stops before its end: its scheduler may be waiting
 _LAST_RETRY_S = 2.0
+_GIVE_UP_S = 5.0
 
 Say = Callable[[str], object]
 
@@ -156,10 +157,10 @@ class _Mirroring:
             self._say(f"warning: mirror: {place} is not complete: {why}. It is completed by: {again}")
 
     def end(self) -> None:
-        """Give up what is being copied."""
+        """Give up what is being copied; a store that does not answer is not waited for."""
         self._ending.set()
         self._wake.set()
-        self._thread.join()
+        self._thread.join(_GIVE_UP_S)
 
     def _work(self) -> None:
         while not self._ending.is_set():
