@@ -1,6 +1,6 @@
 """Which ranks are slow, from the paces of all: robust against single slow steps, so it names late but seldom wrongly.
 
-Paces are compared by groups of steps that all ranks have done. A rank is slow where it was in most of the last groups.
+Paces are compared by groups of steps that all ranks have done. A rank is slow where it was in all of the last groups but one at most.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 
 from launcher.run.heartbeat import GROUP, Pace
 
-GROUPS = 5  # that are looked at; the median of five passes over two bad ones
+GROUPS = 5  # that are looked at, within 50 steps
 Kind = Literal["computing", "data"]
 
 
@@ -51,9 +51,9 @@ def stragglers(paces: Mapping[int, Mapping[int, Pace]], factor: float) -> list[S
     for rank, own in paces.items():
         for kind, measure in (("computing", _computing), ("data", _waiting)):
             seen = [measure(own[group], [other[group] for other in paces.values()]) for group in groups]
-            ratio = statistics.median(ratio for ratio, _, _ in seen)
-            if ratio >= factor:
-                own_s, median_s = (statistics.median(values) for values in list(zip(*seen, strict=True))[1:])
+            ratios, owns, medians = zip(*seen, strict=True)
+            own_s, median_s, ratio = statistics.median(owns), statistics.median(medians), statistics.median(ratios)
+            if sorted(ratios)[1] >= factor and (kind == "data" or own_s >= factor * median_s):
                 found.append(Straggler(rank, kind, ratio, own_s, median_s, *steps))  # type: ignore[arg-type]
     return found
 

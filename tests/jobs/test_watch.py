@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.jobs import evidence as evidence_of
 from launcher.jobs import scratch, watch
 from launcher.jobs.evidence import Evidence, find_culprit, tracer_of
 from launcher.jobs.watch import FLOOR_S, LONG_S, TIMES, Watch
@@ -113,7 +114,9 @@ def test_a_debugger_is_told_from_nobody():
 
 
 @pytest.mark.slow
-def test_the_stopped_one_of_two_standing_ranks_is_named_its_outcome_written_and_its_stack_had(tmp_path):
+def test_the_stopped_one_of_two_standing_ranks_is_named_its_outcome_written_and_its_stack_had(tmp_path, monkeypatch):
+    for wait in ("ANSWER_S", "_WOKEN_S"):
+        monkeypatch.setattr(evidence_of, wait, 60.0)  # however busy this machine is
     made, _ = make_watch(tmp_path, ranks=2, hang_timeout_s=2)
     folder = str(scratch.folder() / "watch")
     ranks = [
