@@ -52,7 +52,7 @@ def data_with(folder: Path, recipe: Recipe, poison: Poison, *, steps: int) -> di
         The record of the poisoned document, by step.
     """
     chance = np.random.default_rng(3)
-    lengths = chance.integers(20, 32, 2 * steps * recipe.train.global_batch_size)
+    lengths = chance.integers(20, 32, 3 * steps * recipe.train.global_batch_size)  # no row comes twice
     records: dict[int, int] = {}
     for again in range(2):  # which step has which documents, is known when they are packed
         encoded, heavy = Encoded(), {record: poison[step] for step, record in records.items()}
