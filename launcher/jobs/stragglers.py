@@ -1,6 +1,7 @@
 """Which ranks are slow, from the paces of all: robust against single slow steps, so it names late but seldom wrongly.
 
-Paces are compared by groups of steps that all ranks have done. A rank is slow where it was in all of the last groups but one at most.
+Paces are compared by groups of steps that all ranks have done. A rank is slow where it was in all of the last groups,
+or in all but one.
 """
 
 from __future__ import annotations
