@@ -77,7 +77,8 @@ class Started:
         self.run = run_of(recipe, name)
         begun = len(losses(self.run))
         self.process = start("run", recipe, f"run.name={name}", *changes, **more)
-        until("some steps", lambda: len(losses(self.run)) >= begun + steps or self.process.poll() is not None)
+        going = lambda: len(losses(self.run)) >= begun + steps or self.process.poll() is not None  # noqa: E731
+        until("some steps", going, timeout_s=600)
         assert self.process.poll() is None, self.process.communicate()
         self.ranks, self.below = ranks_of(self.process.pid), descendants(self.process.pid)
         assert len(self.ranks) == 2
@@ -244,6 +245,11 @@ def test_F19_a_launcher_killed_in_a_pause_while_preparing_or_while_a_rank_is_bei
     started.process.communicate()
     nothing_lives([*below, *started.below])
     assert (len(attempts(started.run)), read_verdict(started.run)) == (1, None)
+    first = attempts(started.run)[0].end_first
+    assert first is not None
+    assert first.step is not None  # of a rank that could not say it
+    assert (first.rank, first.node, first.step >= 3) == (0, socket.gethostname(), True)
+    assert first.message.startswith("rank 0 said nothing before its end: killed by SIGKILL (")
 
     cache = tmp_path / "cache"
     process = start("run", recipe, "run.name=f19-prepare", f"data.cache_dir={cache}")
