@@ -337,38 +337,35 @@ def test_an_old_ledger_without_verdicts_is_read(run):
 
 @pytest.mark.gloo
 def test_l10_a_run_that_crashes_is_started_again_until_its_budget_is_used_up(tmp_path: Path):
-    """The loop of a batch script by hand, as long as the worker says 75; each time a rank is killed at some step."""
-    budgets = {"unknown": 2, "backoff_s": 0}
+    """A rank is killed at some step of each attempt: first by hand without a budget, then as a scheduler's job."""
+    budgets = {"unknown": 2, "backoff_s": 0, "no_progress": 9}
     recipe = project(tmp_path, train={"max_steps": 100_000}, cluster={"nproc_per_node": 1, "restart": budgets})
     run = run_of(recipe)
     process = launcher("run", recipe, "cluster.restart.unknown=0")
-    kill_the_rank(run, process)
+    kill_the_rank(run, process, attempt=1)
     finish(process, code=1)
-    codes, out, err = [75], "", ""
-    while codes[-1] == 75 and len(codes) < 6:
-        job = {"LAUNCHER_TARGET": "slurm", "LAUNCHER_JOB_ID": "7", "LAUNCHER_JOB_RESTART": str(len(codes) - 1)}
-        process = launcher("worker", run.path, env=job)
-        kill_the_rank(run, process)
-        out, err = process.communicate(timeout=240)
-        codes.append(process.returncode)
-    assert codes[1:] == [75, 75, 1], out + err
+    job = {"LAUNCHER_TARGET": "slurm", "LAUNCHER_JOB_ID": "7", "LAUNCHER_JOB_RESTART": "0"}
+    process = launcher("worker", run.path, "--recipe", recipe, env=job)
+    for attempt in (2, 3, 4):
+        kill_the_rank(run, process, attempt=attempt)
+    out, _ = finish(process, code=1)
     assert [attempt.end_verdict for attempt in attempts(run)] == ["stop", "requeue", "requeue", "stop"]
+    assert [attempt.within for attempt in attempts(run)] == [False, False, True, True]
     assert "cluster.restart.unknown allows 2 restarts, used up by attempts 2 (unknown), 3" in attempts(run)[-1].end_why
     assert "verdict: stop (unknown: cluster.restart.unknown allows 2 restarts" in out
 
     process = launcher("worker", run.path, env={**job, "LAUNCHER_JOB_RESTART": "9"})
-    out, err = finish(process, code=1)
+    out, _ = finish(process, code=1)
     assert "not started again: unknown: cluster.restart.unknown allows 2 restarts" in out
 
 
-def kill_the_rank(run: RunDirectory, process: subprocess.Popen[str]) -> None:
-    """Kill the one rank of the newest attempt once it has logged a step."""
-    started = len(attempts(run))
+def kill_the_rank(run: RunDirectory, process: subprocess.Popen[str], *, attempt: int) -> None:
+    """Kill the one rank of an attempt once it has logged a step."""
 
     def logged() -> bool:
         newest = max((line.get("attempt") or 0 for line in read_lines(run.metrics_file)), default=0)
-        return newest > started or process.poll() is not None
+        return newest == attempt or process.poll() is not None
 
-    until("a step of the new attempt", logged)
+    until("a step of the attempt", logged, timeout_s=600)
     assert process.poll() is None, process.communicate()
     os.kill(ranks_of(process.pid)[0], signal.SIGKILL)
