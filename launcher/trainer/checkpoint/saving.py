@@ -35,6 +35,7 @@ from launcher.trainer.checkpoint.lanes import LanesTaken, check_lanes, lanes_sna
 from launcher.trainer.checkpoint.reader import MANIFEST, Manifest, expected_ranges, header_metadata, marker_text
 from launcher.trainer.checkpoint.retention import discard
 
+GRACE_S = 30.0  # for the words of other ranks once one has failed
 _DONE, _FAILED = ".done", ".failed"
 
 
@@ -157,7 +158,8 @@ def _report_failure(save: Save, path: Path, failure: _Failure) -> None:
         try:
             if not is_there(save.folder):
                 return
-            with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            how = os.O_WRONLY | os.O_TRUNC | (0 if is_there(path) else os.O_CREAT)  # a new name may need space
+            with open(os.open(path, how, 0o644), "wb", buffering=0) as file, contextlib.suppress(OSError):
                 file.write(json.dumps(asdict(failure)).encode())
             path.rename(path.with_suffix(_FAILED))
             return
@@ -171,7 +173,9 @@ def _conclude(save: Save, failure: _Failure | None) -> None:
     try:
         verdicts = _gather(save, {0: failure} if failure else {})
         if failures := [verdict for _, verdict in sorted(verdicts.items()) if isinstance(verdict, _Failure)]:
-            raise _refusal(save, failures, sum(_bytes(verdict) for verdict in verdicts.values()))
+            silent = save.world_size - len(verdicts)  # their files are about as large as this one
+            needs = sum(_bytes(verdict) for verdict in verdicts.values()) + silent * save.snapshot.size
+            raise _refusal(save, failures, needs)
         _commit(save, [verdicts[rank] for rank in range(save.world_size)])
     except (CheckpointError, StaleAttempt, OSError) as error:
         _give_up(save)
@@ -230,8 +234,12 @@ def _give_up(save: Save) -> None:
 
 
 def _gather(save: Save, verdicts: dict[int, Any]) -> dict[int, Any]:
-    """{rank: what its file is, or why it failed} once every rank has said so; `verdicts`: those known already."""
+    """{rank: what its file is, or why it failed} once every rank has said so; `verdicts`: those known already.
+
+    Once one has failed, the others are not waited for long.
+    """
     waiting, waiting_for = _Patience(save.patience_s), None
+    failed_at: float | None = None
     while True:
         for name in retrying(lambda: os.listdir(save.folder), what=save.folder):
             path = save.folder / name
@@ -240,6 +248,10 @@ def _gather(save: Save, verdicts: dict[int, Any]) -> dict[int, Any]:
                 verdicts[rank] = _verdict(path, rank, save.snapshot.size)
         if len(verdicts) == save.world_size:
             return verdicts
+        if any(isinstance(verdict, _Failure) for verdict in verdicts.values()):
+            failed_at = time.monotonic() if failed_at is None else failed_at
+            if time.monotonic() - failed_at > GRACE_S:
+                return verdicts
         missing = sorted(set(range(save.world_size)) - set(verdicts))
         if missing != waiting_for:
             waiting_for = missing
