@@ -185,7 +185,7 @@ class Meeting:
             if not self.outside:
                 break
             say(f"attempt {attempt} goes on without this node, which is taken in at its next checkpoint")
-        self.attempt = attempt
+        self.attempt = self._watch.attempt = attempt
         self._watch.expect([0], self.names)
         return attempt, token, _full(ending)
 
@@ -278,7 +278,11 @@ class Meeting:
                 self._store.set(_key("gave-up"), json.dumps([self.attempt, _brief(ending)]))
 
     def given_up(self) -> Ending | None:
-        """On node 0: why another node has ended its ranks in this attempt; None if none has."""
+        """Why the ranks of this node are to end, too; None while all is well.
+
+        On node 0: another node has ended its own. On the others: node 0 has concluded the attempt, as without a node
+        that was cut off, for which ranks here would wait for long.
+        """
         attempt, ending = self._watch.gave_up
         return ending if attempt == self.attempt else None
 
@@ -605,6 +609,7 @@ class _Watch:
         self._replaced: set[int] = set()  # members whose number another process has taken since the attempt began
         self._read = 0  # arrivals
         self.word, self.words = "", dict[int, str]()  # what this node tells, and what others have told last
+        self.attempt = 0
         self.gave_up: tuple[int, Ending | None] = (0, None)  # of which attempt another node ended its ranks, and why
         self._broken_at: float | None = None
         self._ended = threading.Event()
@@ -669,6 +674,8 @@ class _Watch:
                 if self._node.rank == 0:
                     self._read_arrivals()
                     self._hear()
+                else:
+                    self._hear_end(self.attempt)
                 for rank, seen in list(self._seen.items()):
                     if self._store.check([_key("told", rank)]):
                         self.words[rank] = self._store.get(_key("told", rank)).decode()
@@ -692,6 +699,11 @@ class _Watch:
     def _enter(self, rank: int, registration: str) -> None:
         now = time.monotonic()
         self._seen[rank] = _Seen(json.loads(registration)[0], _beat_key(rank, registration), came=now, moved=now)
+
+    def _hear_end(self, attempt: int) -> None:
+        """On the others: whether node 0 has concluded the attempt."""
+        if self._store.check([end := _key(f"attempt-{attempt}", "end")]):
+            self.gave_up = attempt, _full(json.loads(self._store.get(end)))
 
     def _hear(self) -> None:
         """Another node's signal, also where the attempts pause, and why one gave up."""

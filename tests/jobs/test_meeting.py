@@ -366,3 +366,19 @@ def test_a_node_that_gives_up_tells_node_0_why(quick, leader, node):
     leader.announce(2, "token", None)
     assert leader.given_up() is None  # of the attempt before
     first.leave()
+
+
+def test_ranks_elsewhere_end_when_node_0_has_concluded_the_attempt(quick, leader, node):
+    """They may wait for a node that is cut off, and say nothing themselves."""
+    first = enter(node(1))
+    assert leader.gather(2, quietly) is None
+    leader.announce(1, "token", None)
+    first.announced()
+    assert first.given_up() is None
+    lost = Ending(status="failed", failure_class="node", again=True)
+    leader.conclude(lost)
+    assert until(first.given_up) == lost
+    leader.announce(2, "token", None)
+    first.announced()
+    assert first.given_up() is None
+    first.leave()
