@@ -75,11 +75,12 @@ def ends(rank: int, world_size: int, path: str, attempt: int, how: str) -> str:
     import resource
 
     from launcher.run.directory import RunDirectory
-    from launcher.trainer import assembly, rehearsal
     from launcher.trainer.checkpoint.manager import CheckpointManager
     from launcher.trainer.main import run_rank
 
-    read_back, rehearse, limit = CheckpointManager.read_back, rehearsal.rehearse, resource.getrlimit(resource.RLIMIT_AS)
+    read_back, reserve, limit = (
+        CheckpointManager.read_back, CheckpointManager.reserve, resource.getrlimit(resource.RLIMIT_AS)
+    )  # fmt: skip
 
     def after_a_flipped_bit(self: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         if rank == 0:
@@ -89,11 +90,11 @@ def ends(rank: int, world_size: int, path: str, attempt: int, how: str) -> str:
             file.write_bytes(data)
         return read_back(self, name, *args, **kwargs)
 
-    def short_of_memory(*args: Any, **kwargs: Any) -> Any:
+    def short_of_memory(self: Any, num_bytes: int) -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), limit[1]))
         try:
-            return rehearse(*args, **kwargs)
+            reserve(self, num_bytes)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, limit)
 
@@ -101,12 +102,12 @@ def ends(rank: int, world_size: int, path: str, attempt: int, how: str) -> str:
         if how == "flip":
             CheckpointManager.read_back = after_a_flipped_bit  # type: ignore[method-assign]
         if how == "memory" and rank == world_size - 1:
-            assembly.rehearse = short_of_memory  # type: ignore[attr-defined]
+            CheckpointManager.reserve = short_of_memory  # type: ignore[method-assign]
         run_rank(path, attempt)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        CheckpointManager.read_back, assembly.rehearse = read_back, rehearse  # type: ignore[method-assign, attr-defined]
+        CheckpointManager.read_back, CheckpointManager.reserve = read_back, reserve  # type: ignore[method-assign]
     return "trained"
 
 
