@@ -41,6 +41,7 @@ bench: $(READY)  ## every benchmark, as ratios
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/engine_overhead.py
+	$(BIN)/python benchmarks/watch.py
 	$(BIN)/python benchmarks/restart.py
 	$(BIN)/python benchmarks/faults.py
 
