@@ -201,12 +201,12 @@ def _in_pods(way: str, folder: Path, times: int, over: Callable[[], bool]) -> St
             until("some steps", lambda run=run, pods=pods: len(losses(run)) >= 3 or pods[0].poll() is not None)
             begun = time.monotonic()
             pods[number % 2].send_signal(signal.SIGTERM)
-            codes = [pod.wait(timeout=240) for pod in pods]
+            codes = [pod.wait(timeout=900) for pod in pods]
             _judge(stops, way, run, 0, time.monotonic() - begun)
             if codes != [75, 75]:
                 stops.broken.append(f"{way}, {name}: exit codes {codes}")
             for pod in start(machines, job, folder, restart=1):
-                finish(pod, code=0)
+                finish(pod, code=0, timeout_s=900)
             same = losses(run) == losses(local) and tensors_of(valid_checkpoints(run)[-1].path) == tensors_of(
                 valid_checkpoints(local)[-1].path
             )
