@@ -8,6 +8,7 @@ the batch, so ranks with shorter rows are compared fairly.
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,8 @@ class OwnTime:
     """
 
     def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
-        self._seconds, self._positions = 0.0, 0
+        self._seconds, self._positions = 0.0, 0  # of this step
+        self._steps: list[float] = []
         self._free: list[torch.cuda.Event] = []
         self._fresh: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] = []
         self._before: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] = []
@@ -49,12 +51,17 @@ class OwnTime:
                 self._positions += positions
             self._free += (begin, end)
         self._before, self._fresh = self._fresh, []
+        if self._positions:
+            self._steps.append(self._seconds / self._positions)
+        self._seconds, self._positions = 0.0, 0
 
     def taken(self) -> float:
-        """Seconds for a position since the last call; 0 if nothing was measured."""
-        taken = self._seconds / self._positions if self._positions else 0.0
-        self._seconds, self._positions = 0.0, 0
-        return taken
+        """Seconds for a position, in the median of the steps since the last call; 0 if nothing was measured.
+
+        A step that the host's scheduler or a page fault held up says nothing about the rank.
+        """
+        steps, self._steps = self._steps, []
+        return statistics.median(steps) if steps else 0.0
 
     def _on_host(self, layer: nn.Module, forward: Callable[..., Any], states: Tensor, *args: Any, **more: Any) -> Any:
         if not layer.training:

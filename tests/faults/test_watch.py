@@ -33,7 +33,7 @@ from tests.jobs.make import MODEL, losses, project, run_of, until
 TIMEOUT_S = 8
 STEPS = 30
 NORMAL_STEPS, WITHIN = 1000, 50
-SHARE_S = 0.004  # for which a slowed rank is stopped, and then runs
+SHARE_S = 0.001  # for which a slowed rank is stopped, and then runs
 WAYS = {2: "lock", 3: "sleep", 4: "data"}  # the first attempt hangs by a signal
 
 
@@ -150,7 +150,7 @@ def test_F17_a_rank_slowed_to_half_is_named_within_50_steps_and_nobody_in_1000_n
     console and in `watch.jsonl`; in the 1,000 steps before, nobody is named."""
     recipe = project(
         tmp_path,
-        model={"config": {**MODEL, "intermediate_size": 1024}},
+        model={"config": {**MODEL, "intermediate_size": 2048}},
         train={"max_steps": 1_000_000},
         checkpoint={"every_steps": 1_000_000, "rehearse": False},
         logging={"every_steps": 100},
@@ -167,7 +167,7 @@ def test_F17_a_rank_slowed_to_half_is_named_within_50_steps_and_nobody_in_1000_n
         pid = RankProcess.started[first + 1].pid
         slowed_at.append(step_of_rank_1())
         while not watched(run, "straggler") and step_of_rank_1() < slowed_at[0] + 10 * WITHIN:
-            for _ in range(50):
+            for _ in range(200):
                 os.kill(pid, signal.SIGSTOP)
                 time.sleep(SHARE_S)
                 os.kill(pid, signal.SIGCONT)
