@@ -586,13 +586,23 @@ def _key(*parts: object) -> str:
 
 @dataclass(slots=True)
 class _Seen:
-    """A process on another node. moved: when its counter last did, by this node's own clock."""
+    """A process on another node.
+
+    moved: when its counter last did, by this node's own clock; back: what it counted when it moved after a standstill,
+    which one late packet of a node that has gone does, too
+    """
 
     name: str
     key: str
     came: float
     moved: float
     count: int = 0
+    back: int = 0
+
+    @property
+    def stays(self) -> bool:
+        """Whether it has shown several times in a row that it lives."""
+        return self.count - self.back >= _STAYS
 
 
 class _Watch:
@@ -630,13 +640,14 @@ class _Watch:
 
     def present(self) -> dict[int, str]:
         """On node 0: the nodes that live, this one among them, and their names."""
-        others = {rank: seen.name for rank, seen in list(self._seen.items()) if not self.stands_still(rank, GONE_S)}
+        seen = {rank: one for rank, one in list(self._seen.items()) if one.stays or not one.back}
+        others = {rank: one.name for rank, one in seen.items() if not self.stands_still(rank, GONE_S)}
         return {self._node.rank: socket.gethostname(), **others}
 
     def waiting(self, members: Collection[int]) -> dict[int, str]:
         """On node 0: nodes that live and are no members; none while others may be about to come, too."""
         there = {rank: name for rank, name in self.present().items() if rank not in members}
-        more = {rank: name for rank, name in there.items() if self._seen[rank].count >= _STAYS}  # no passing visit
+        more = {rank: name for rank, name in there.items() if self._seen[rank].stays}  # no passing visit
         complete = len(members) + len(more) == self._node.nodes
         newest = max((self._seen[rank].came for rank in more), default=0.0)
         return more if complete or time.monotonic() - newest >= TOGETHER_S else {}
@@ -681,7 +692,9 @@ class _Watch:
                         self.words[rank] = self._store.get(_key("told", rank)).decode()
                     count = self._store.add(seen.key, 0)
                     if count != seen.count:
-                        seen.count, seen.moved = count, time.monotonic()
+                        now = time.monotonic()
+                        seen.back = seen.count if now - seen.moved >= GONE_S else seen.back
+                        seen.count, seen.moved = count, now
                 if self._ended.wait(BEAT_S):
                     return
         except Exception:  # the connection ended, as when node 0 has gone

@@ -24,6 +24,7 @@ from launcher.jobs.supervisor import (
     Machine,
     begin,
     conclude,
+    failed_somewhere,
     is_finished,
     paused,
     prepared,
@@ -334,6 +335,8 @@ def _follow(
                 others.goodbye()
                 return attempt, ending or _without_a_word("node 0 ended before this node could take part")
             ending = _followed(part, attempt, token, ending, others, machine, console, signals, started=started)
+            if ending.status == "failed" and not failed_somewhere(run, attempt):
+                others.give_up(ending)  # a rank died without a word, which ranks elsewhere need not notice
             said = others.concluded()
             if said is None or not said.again:
                 break
