@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed.checkpoint", "transformers", "transformers.trainer", "fault_peers"]
+PRELOAD = ["torch", "torch.distributed.checkpoint", "deepspeed", "transformers.trainer", "fault_peers"]
 MODEL = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4,
     "num_attention_heads": 4, "vocab_size": 1024, "max_position_embeddings": 128,
@@ -30,7 +30,7 @@ TRAINER, DCP = "transformers' Trainer", "torch.distributed.checkpoint in place"
 def hunt(name: str, folder: Path, kills: int, *, seed: str) -> dict[str, Any]:
     """Kill one of `PEERS` so often; how often its newest checkpoint could not be used, and why."""
     train, load = PEERS[name]
-    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOAD)
     chance, inside, done, reasons, save_s = random.Random(f"{name}-{seed}"), 0, 0, Counter[str](), 0.05
