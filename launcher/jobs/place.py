@@ -204,7 +204,7 @@ def _kubeflow(environment: Mapping[str, str]) -> Place | None:
     least, _, most = get("PET_NNODES", "").partition(":")
     if not least.isdecimal() or (most or least) != least:
         raise UserError(
-            f"PET_NNODES = {get('PET_NNODES', '')}: expected one number of nodes, because a TrainJob has a fixed number."
+            f"PET_NNODES = {get('PET_NNODES', '')}: expected one number of nodes, because that of a TrainJob is fixed."
         )
     rank, port = get("PET_NODE_RANK", ""), get("PET_MASTER_PORT") or "29400"
     if not rank.isdecimal():
