@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli._common import clock, columns, find_run
+from launcher.cli._common import RUNS_DIR, clock, columns, find_run
 from launcher.errors import EXIT_FAILED, UserError
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _to_repair(text: str, source: str | None) -> tuple[RunDirectory, Mirror | No
     try:
         run = find_run(text)
     except UserError:
-        run = RunDirectory(Path(text))
+        run = RunDirectory(Path(text) if "/" in text else Path(RUNS_DIR, text))
         try:
             if Mirror(run, source).run_id() is None:
                 raise UserError(f"--from {source}: holds no run (no run.json), and {text} is none either.") from None

@@ -43,6 +43,9 @@ def _history(summary: dict[str, Any]) -> Iterator[str]:
     )  # fmt: skip
     rows = [_past(attempt, attempt is summary["attempts"][-1]) for attempt in summary["attempts"]]
     yield columns([heading, *rows])
+    for attempt in summary["attempts"]:
+        if attempt["end"] and (first := attempt["end"]["first"]):
+            yield f"attempt {attempt['number']}: {_who(first)}: {_what(first)}"
     if left := _left_alone(summary):
         yield left
 

@@ -52,8 +52,8 @@ def export_run(
     reader = open_checkpoint(run, checkpoint)
     fresh = out.with_name(f".{out.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
     try:
+        fresh.mkdir(parents=True)
         stored = _write(recipe, reader, fresh, dtype=dtype, merge=merge)
         facts = {
             "launcher": __version__,

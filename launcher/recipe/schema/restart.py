@@ -47,3 +47,8 @@ def check(restart: Restart) -> Iterator[Problem]:
         value, least = getattr(restart, f.name), 1 if f.name == "no_progress" else 0
         if value is not None and value < least:
             yield Problem(f"cluster.restart.{f.name}", value, f"{least} or more")
+    if restart.backoff_s > (most := restart.backoff_max_s) >= 0:
+        expected = f"at most the {most:g} s of cluster.restart.backoff_max_s"
+        yield Problem(
+            "cluster.restart.backoff_s", restart.backoff_s, expected, because=("cluster.restart.backoff_max_s",)
+        )

@@ -77,8 +77,8 @@ def check(train: Train) -> Iterator[Problem]:
         yield Problem("train.eval_every_steps", train.eval_every_steps, "1 step or more, or null")
     if train.spike_sigmas <= 0:
         yield Problem("train.spike_sigmas", train.spike_sigmas, "a number above 0")
-    if train.spike_window < 8:
-        yield Problem("train.spike_window", train.spike_window, "8 steps or more")
+    if not 8 <= train.spike_window <= 10_000:
+        yield Problem("train.spike_window", train.spike_window, "8 to 10000 steps")
     if train.max_skips < 1:
         yield Problem("train.max_skips", train.max_skips, "1 or more")
     if train.replica_check_steps is not None and train.replica_check_steps < 1:
