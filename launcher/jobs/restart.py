@@ -15,6 +15,7 @@ from launcher.jobs.ending import Ending
 from launcher.recipe.schema.restart import Restart
 from launcher.run.control import CANCEL, GROW, Verdict, clear_stop, stop_reason, stop_requested
 from launcher.run.directory import RunDirectory, parse_checkpoint_name
+from launcher.run.left_out import left_out
 from launcher.run.ledger import Attempt, attempts, latest_attempt, valid_checkpoints
 
 # classes with a key in cluster.restart
@@ -39,7 +40,7 @@ class Start:
     """One start of a job.
 
     end: the class of its end; silent: it left no word of it
-    progress: it left a newer checkpoint than it began with
+    progress: it left a newer checkpoint than it began with, or wrote down a global batch that the next leaves out
     """
 
     number: int
@@ -74,7 +75,7 @@ def decide(run: RunDirectory, attempt: int, ending: Ending, limits: Restart) -> 
         OSError: the ledger cannot be read; `by_class` decides without it.
     """
     ends = {attempt: ending.failure_class or ending.status}
-    return by_class(ending, limits, _starts(_job_of(run, attempt), reached=_newest_checkpoint(run), ends=ends))
+    return by_class(ending, limits, _starts(run, _job_of(run, attempt), reached=_newest_checkpoint(run), ends=ends))
 
 
 def by_class(ending: Ending, limits: Restart, starts: Sequence[Start] = ()) -> Decision:
@@ -117,7 +118,7 @@ def refusal(run: RunDirectory, attempt: int) -> Ending | None:
         return None
     if (reason := _cancel_reason(run)) is not None:
         return Ending(status="cancelled", failure_class="cancelled", message=reason)
-    starts = _starts(before, reached=_newest_accepted(latest), ends={})
+    starts = _starts(run, before, reached=_newest_accepted(latest), ends={})
     if starts[-1].end not in BUDGETS or starts[-1].end in _MENDED:
         return None
     if (limit := _limit_reached(starts, _limits(run))) is None:
@@ -234,19 +235,20 @@ def _is_restart(later: Attempt, earlier: Attempt) -> bool:
     return later.restart is None or earlier.restart is None or later.restart > earlier.restart
 
 
-def _starts(job: Sequence[Attempt], *, reached: int, ends: dict[int, str]) -> list[Start]:
-    """The starts with their ends and whether they got on.
+def _starts(run: RunDirectory, job: Sequence[Attempt], *, reached: int, ends: dict[int, str]) -> list[Start]:
+    """The starts with their ends and whether they got on, to a newer checkpoint or to another batch to leave out.
 
     reached: step of the newest checkpoint after the last one
     ends: of attempts whose `end` line is not yet written
     """
+    rolled_back = {batch.attempt for batch in left_out(run).values()}
     after = [*(_newest_accepted(attempt) for attempt in job[1:]), reached]
     return [
         Start(
             attempt.number,
             end=ends.get(attempt.number) or (attempt.end_class if attempt.ended else None) or "node",
             silent=not attempt.ended and attempt.number not in ends,
-            progress=step > _newest_accepted(attempt),
+            progress=step > _newest_accepted(attempt) or attempt.number in rolled_back,
         )
         for attempt, step in zip(job, after, strict=True)
     ]

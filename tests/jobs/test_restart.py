@@ -369,3 +369,20 @@ def kill_the_rank(run: RunDirectory, process: subprocess.Popen[str], *, attempt:
     until("a step of the attempt", logged, timeout_s=600)
     assert process.poll() is None, process.communicate()
     os.kill(ranks_of(process.pid)[0], signal.SIGKILL)
+
+
+def test_a_rollback_that_leaves_another_batch_out_is_no_start_without_progress(run):
+    from launcher.run.left_out import LeftOut, leave_out
+
+    rolled = Ending(status="failed", failure_class="non_finite", rolls_back=True)
+    limits = Restart(non_finite=3, no_progress=2)
+    for number in (1, 2, 3):
+        attempt = start_attempt(run, target="slurm", job_id="7", restart=number - 1, nodes=1, reason="run")
+        leave_out(run, LeftOut(step=10 + number, attempt=attempt, reason="spike"))
+        assert restart.decide(run, attempt, rolled, limits).verdict == "requeue"
+        end_attempt(run, attempt, step=10, outcome_class="non_finite")
+    attempt = start_attempt(run, target="slurm", job_id="7", restart=3, nodes=1, reason="run")
+    leave_out(run, LeftOut(step=20, attempt=attempt, reason="spike"))
+    decision = restart.decide(run, attempt, rolled, limits)
+    assert decision.verdict == "stop"
+    assert "cluster.restart.non_finite allows 3" in decision.why

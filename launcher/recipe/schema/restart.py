@@ -22,7 +22,8 @@ class Restart:
     out_of_memory: of a GPU or the host; the same step usually fails again
     data: records that cannot be read, checkpoints that are all bad
     unknown: ranks that were killed or raised something that has no class
-    no_progress: starts in a row, whatever ended them, that wrote no checkpoint further on than the one before
+    no_progress: starts in a row, whatever ended them, that wrote no checkpoint further on than the one before; one that
+        left a global batch out is not among them
     backoff_s: pause before the second start in a row without progress, doubled before each further one; the first is
         not waited for
     backoff_max_s: the longest such pause

@@ -29,6 +29,8 @@ def check(run: Run) -> Iterator[Problem]:
     """Rules of this section alone."""
     if run.name is not None and (not run.name or "/" in run.name or run.name.startswith(".")):
         yield Problem("run.name", run.name, "a plain folder name", "Put the path into run.dir.")
+    if run.name is not None and len(run.name.encode()) > 200:
+        yield Problem("run.name", run.name[:40] + "...", "at most 200 bytes")
     for key in ("name", "dir"):
         if _CONTROL.search(value := getattr(run, key) or ""):
             yield Problem(f"run.{key}", value, "text without line ends and other control characters")
