@@ -15,8 +15,8 @@ from launcher.jobs.ending import Ending
 from launcher.recipe.schema.restart import Restart
 from launcher.run.control import CANCEL, GROW, Verdict, clear_stop, stop_reason, stop_requested
 from launcher.run.directory import RunDirectory, parse_checkpoint_name
-from launcher.run.left_out import left_out
 from launcher.run.ledger import Attempt, attempts, latest_attempt, valid_checkpoints
+from launcher.run.left_out import left_out
 
 # classes with a key in cluster.restart
 BUDGETS = ("preemption", "node", "communication", "hang", "non_finite", "out_of_memory", "data", "unknown")
