@@ -501,7 +501,8 @@ def look(run: RunDirectory, whole: Whole) -> tuple[int, str]:
             return 0, ""
         newest = valid[-1]
         problem = "\n".join(problems(newest.path))
-        if not problem and digest(newest.path) != whole.states[newest.step]:
+        rehearsed = newest.step == 0  # killed before it was removed; what is loaded from it shows at the run's end
+        if not problem and not rehearsed and digest(newest.path) != whole.states[newest.step]:
             problem = f"{newest.path.name}: weights or moments are others than those of an uninterrupted run"
         if not problem or ledger.valid_checkpoints(run)[-1:] == [newest]:
             return newest.step, problem
