@@ -22,7 +22,14 @@ from launcher.run.data import require_current
 from launcher.run.directory import RunDirectory
 from launcher.run.files import read_json
 from launcher.run.lease import Lease, Submission, hold_lease
-from launcher.run.ledger import CheckpointRef, latest_attempt, record_changes, valid_checkpoints
+from launcher.run.ledger import (
+    CheckpointRef,
+    latest_attempt,
+    lost_beginnings,
+    missing_checkpoints,
+    record_changes,
+    valid_checkpoints,
+)
 from launcher.run.state import reached_end
 from launcher.versions import of_training
 
@@ -83,6 +90,7 @@ def open_run(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say:
 
         restore(run, recipe.checkpoint, say)
     if run.exists():
+        _require_whole(run, force=force)
         _require_current_data(run, recipe, force=force)
         found = _go_on(run, recipe, plan, force=force, say=say)
     else:
@@ -91,6 +99,22 @@ def open_run(run: RunDirectory, recipe: Recipe, plan: Plan, *, force: bool, say:
         remember(run, recipe)
     _say_empty_slots(plan, say)
     return found
+
+
+def _require_whole(run: RunDirectory, *, force: bool) -> None:
+    """Raises UserError where a run that has checkpoints would begin anew because a part of its directory is gone."""
+    if lost := lost_beginnings(run):
+        raise UserError(
+            f"{run.ledger_file}: lost, or cut off: it does not know the attempts that wrote {', '.join(lost)}, so they "
+            f"would not count. Nothing was deleted. `launcher checkpoint repair {run.path}` verifies them and writes "
+            "the ledger anew."
+        )
+    if (gone := missing_checkpoints(run)) and not force:
+        raise UserError(
+            f"{run.checkpoints}: expected {', '.join(gone)}, with which the last attempt began; none is there, so the "
+            "run would begin at step 0. Bring the folder back (is its disk mounted?), or begin anew with --force or "
+            "under another run.name."
+        )
 
 
 def _say_empty_slots(plan: Plan, say: Say) -> None:

@@ -215,6 +215,45 @@ def counting(run: RunDirectory, names: Iterable[str]) -> list[CheckpointRef]:
     )
 
 
+def lost_beginnings(run: RunDirectory) -> list[str]:
+    """Names of committed checkpoints of attempts that the ledger does not know: it was lost, or cut off.
+
+    An attempt is written down durably before it commits anything, so a whole ledger knows them all.
+    """
+    numbers = {attempt.number for attempt in attempts(run)}
+    accepted = {name for attempt in attempts(run) for name in attempt.accepts}
+    return [
+        path.name
+        for _, number, path in sorted(_folders(run))
+        if number not in numbers and path.name not in accepted and is_there(path / MARKER)
+    ]
+
+
+def missing_checkpoints(run: RunDirectory) -> list[str]:
+    """Names of the checkpoints that the newest attempt began with, where none of them nor any later one is here."""
+    known = attempts(run)
+    return list(known[-1].accepts) if known and not valid_checkpoints(run) else []
+
+
+def take_over(run: RunDirectory, *, reason: str) -> list[str]:
+    """Write one attempt into a ledger that was lost: it accepts every committed checkpoint, and has ended.
+
+    Returns:
+        Names of the checkpoints. The caller holds the lease and has verified them.
+    """
+    with ledger_lock(run):
+        names = [path.name for *_, path in sorted(_folders(run)) if is_there(path / MARKER)]
+        number = 1 + max([latest_attempt(run), *(attempt for _, attempt, _ in _folders(run))])
+        line = {
+            "kind": "start", "attempt": number, "target": "repair", "job_id": None, "restart": None, "nodes": 1,
+            "reason": reason, "accepts": names, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(),
+            "launcher_version": __version__,
+        }  # fmt: skip
+        append_line(run.ledger_file, line)
+    end_attempt(run, number, step=None, outcome_class="unknown", verdict="stop", why=reason)
+    return names
+
+
 @contextmanager
 def fenced(run: RunDirectory, attempt: int) -> Iterator[None]:
     """While this is held no newer attempt begins: for short changes that only the newest attempt may make.

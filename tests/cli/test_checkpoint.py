@@ -8,17 +8,27 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
 
 from launcher.cli.checkpoint import command
 from launcher.errors import UserError
+from launcher.jobs.opening import open_run
+from launcher.plan import Plan
 from launcher.recipe.schema import Checkpoint, Recipe, to_dict
 from launcher.run.directory import MARKER, RunDirectory
 from launcher.run.lease import hold_lease
-from launcher.run.ledger import valid_checkpoints
-from launcher.trainer.checkpoint import mirroring
+from launcher.run.ledger import (
+    latest_attempt,
+    lost_beginnings,
+    missing_checkpoints,
+    start_attempt,
+    valid_checkpoints,
+)
+from launcher.run.state import reached_end, write_state
+from launcher.trainer.checkpoint import mirroring, retention
 from launcher.trainer.checkpoint.format import rank_file
 from launcher.trainer.checkpoint.retention import Hold
 from launcher.trainer.checkpoint.verify import MANIFEST, problems
@@ -235,3 +245,45 @@ def test_the_verbs_work_without_torch(run):
         assert done.returncode == 0, done.stderr
         assert "step-00000030-a1" in done.stdout
     assert steps(run) == [30]
+
+
+@pytest.mark.parametrize("ledger", ["gone", "cut"])
+def test_a_lost_ledger_loses_no_checkpoint_repair_writes_it_anew(run, ledger):
+    """Without it no checkpoint counts: a start is refused, nothing is deleted, and repair makes them count again."""
+    if ledger == "gone":
+        run.ledger_file.unlink()
+    else:
+        run.ledger_file.write_bytes(run.ledger_file.read_bytes()[:20])
+    assert valid_checkpoints(run) == []
+    names = sorted(path.name for path in run.checkpoints.iterdir())
+    assert lost_beginnings(run) == names
+    with pytest.raises(UserError, match=rf"(?s)ledger.jsonl: lost, .*{names[-1]}.*launcher checkpoint repair"):
+        open_run(run, Recipe(), Mock(spec=Plan), force=True, say=lambda text: None)
+    assert retention.sweep(run, attempt=9) == []
+    assert retention.retain(run, attempt=9, keep_last=1, keep_every_steps=None) == []
+    code, said = ended("repair", run.path)
+    assert code == 0
+    assert "ledger.jsonl: was lost or cut off; written anew" in said
+    assert steps(run) == list(STEPS)
+    assert lost_beginnings(run) == []
+
+
+def test_checkpoints_that_are_gone_are_not_begun_anew_without_a_word(run):
+    start_attempt(run, target="local", job_id="1", nodes=1, reason="run")  # accepts all three
+    shutil.move(run.checkpoints, run.path / "elsewhere")
+    with pytest.raises(UserError, match=r"(?s)checkpoints: expected step-00000010.*--force"):
+        open_run(run, Recipe(), Mock(spec=Plan), force=False, say=lambda text: None)
+    shutil.move(run.path / "elsewhere", run.checkpoints)
+    assert missing_checkpoints(run) == []
+
+
+def test_a_finished_run_whose_last_checkpoint_is_bad_is_taken_back_and_has_not_finished_any_more(run):
+    attempt = latest_attempt(run)
+    run.data_file.write_text(json.dumps({"total_steps": STEPS[-1]}))
+    write_state(run, "finished", attempt=attempt, step=STEPS[-1])
+    assert reached_end(run)
+    flip(run.checkpoint(STEPS[-1], attempt) / rank_file(1))
+    code, said = ended("repair", run.path)
+    assert code == 0
+    assert "was finished at step 30 and is now at step 20" in said
+    assert not reached_end(run)

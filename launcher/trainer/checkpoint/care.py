@@ -15,8 +15,17 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.run.directory import MARKER, RunDirectory, parse_checkpoint_name
+from launcher.run.files import read_json
 from launcher.run.lease import current_owner
-from launcher.run.ledger import CheckpointRef, StaleAttempt, latest_attempt, valid_checkpoints
+from launcher.run.ledger import (
+    CheckpointRef,
+    StaleAttempt,
+    latest_attempt,
+    lost_beginnings,
+    take_over,
+    valid_checkpoints,
+)
+from launcher.run.state import write_state
 from launcher.trainer.checkpoint.mirror import BAD, Mirror, set_aside
 from launcher.trainer.checkpoint.retention import Hold, is_read, kept, remove
 from launcher.trainer.checkpoint.store import StoreError
@@ -181,6 +190,9 @@ def repair(run: RunDirectory, mirror: Mirror | None) -> Repaired:
             mirror.fetch_records()
             done.did.append(f"{run.path} was not here and is restored from {mirror.place}")
         mirror.require_own()
+    if lost := lost_beginnings(run):
+        take_over(run, reason="repair: the ledger was lost")
+        done.did.append(f"{run.ledger_file.name}: was lost or cut off; written anew, {', '.join(lost)} count again")
     good: list[CheckpointRef] = []
     bad: dict[str, list[str]] = {}
     for ref in reversed(valid_checkpoints(run)):
@@ -207,9 +219,20 @@ def repair(run: RunDirectory, mirror: Mirror | None) -> Repaired:
     if good:
         done.newest = good[0].path.name
         done.did += [_aside(run.checkpoints / name, wrong) for name, wrong in bad.items()]
+        done.did += _taken_back(run, good[0])
     else:
         done.did += [line for wrong in bad.values() for line in wrong]
     return done
+
+
+def _taken_back(run: RunDirectory, newest: CheckpointRef) -> list[str]:
+    """A run that had finished, and whose last checkpoint is bad, has not finished any more."""
+    state = read_json(run.state_file) or {}
+    if state.get("status") != "finished" or (state.get("step") or 0) <= newest.step:
+        return []
+    message = f"taken back from step {state['step']} by launcher checkpoint repair"
+    write_state(run, "failed", attempt=latest_attempt(run), step=newest.step, message=message)
+    return [f"the run was finished at step {state['step']} and is now at step {newest.step}: a resume does the rest"]
 
 
 def _mend(run: RunDirectory, folder: Path, mirror: Mirror | None, done: Repaired) -> list[str]:

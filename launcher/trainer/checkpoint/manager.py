@@ -182,8 +182,11 @@ class CheckpointManager:
         Raises:
             CheckpointError: there are checkpoints but all are bad, or the model is another one; equal on all ranks.
         """
-        names = [ref.path.name for ref in ledger.valid_checkpoints(self.run)] if self.rank == 0 else []
-        names = self._from_rank_0(names)
+        found = ([ref.path.name for ref in ledger.valid_checkpoints(self.run)], ledger.lost_beginnings(self.run))
+        names, lost = self._from_rank_0(found if self.rank == 0 else None)
+        if lost:
+            fix = f"launcher checkpoint repair {self.run.path} writes it anew"
+            raise CheckpointError(f"{self.run.ledger_file}: does not know who wrote {', '.join(lost)}: {fix}")
         if self.rank == 0:
             for name in retention.unfinished(self.run, attempt=self.attempt):
                 print(f"{name}: has no {MARKER}, as a save that was cut short leaves it: it does not count", flush=True)

@@ -109,6 +109,7 @@ def _folders(run: RunDirectory, attempt: int) -> list[Path]:
 
 
 def _delete_others(run: RunDirectory, attempt: int, names: Collection[str]) -> list[str]:
+    names = {*names, *ledger.lost_beginnings(run)}  # of a ledger that is not whole, nothing follows
     deleted: list[str] = []
     failure: OSError | None = None
     for folder in _folders(run, attempt):
