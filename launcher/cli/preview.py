@@ -37,12 +37,10 @@ def command(
     example: launcher preview runs/quickstart --step 120
     """
     from launcher.cli.prepare import summary
-    from launcher.jobs.environment import require_train_extra
     from launcher.recipe.presets import recipe_file
 
     if as_json and html is not None:
         raise UserError("--json prints, --html writes a page: give one of the two.")
-    require_train_extra()
     begin: Begin = (0, None)
     if recipe_file(recipe) is not None or recipe.endswith((".yaml", ".yml")):
         loaded, prepared = _prepared(recipe, overrides)
@@ -67,10 +65,13 @@ def command(
 
 def _prepared(recipe: str, overrides: tuple[str, ...]) -> tuple[Recipe, Prepared]:
     from launcher.cli.prepare import progress_shown
-    from launcher.data.prepare import prepare
+    from launcher.jobs.environment import require_train_extra
     from launcher.recipe.check import load
 
     loaded = load(recipe, overrides).recipe
+    require_train_extra()
+    from launcher.data.prepare import prepare
+
     with progress_shown() as progress:
         return loaded, prepare(loaded, progress=progress)
 
@@ -78,7 +79,7 @@ def _prepared(recipe: str, overrides: tuple[str, ...]) -> tuple[Recipe, Prepared
 def _of_run(text: str, overrides: tuple[str, ...], step: int | None) -> tuple[Recipe, Prepared, Begin]:
     """A run's recipe, its data, and of a stream where reading begins: in the newest checkpoint before the step."""
     from launcher.cli._common import find_run
-    from launcher.data.prepare import Prepared
+    from launcher.jobs.environment import require_train_extra
     from launcher.jobs.opening import stored_recipe
     from launcher.run.data import require_current
     from launcher.run.directory import RunDirectory
@@ -86,6 +87,9 @@ def _of_run(text: str, overrides: tuple[str, ...], step: int | None) -> tuple[Re
 
     if overrides:
         raise UserError(f"{overrides[0]}: the rows of a run are fixed. Give its recipe to see others.")
+    require_train_extra()
+    from launcher.data.prepare import Prepared
+
     run = RunDirectory(find_run(text).path.absolute())
     if not run.data_file.exists():
         raise UserError(f"{run.path}: its data are not prepared yet. `launcher prepare {run.recipe_file}` does it.")

@@ -78,9 +78,8 @@ def filled_in_mid_run(
     disk: Path, project_folder: Path
 ) -> tuple[subprocess.Popen[str], Heard, RunDirectory, Path, list[int]]:
     """A process, what it says, its run, the filler, its ranks, which stand still until SIGCONT: no byte is free."""
-    recipe = project(
-        project_folder, train={"max_steps": STEPS}, checkpoint={"every_steps": 20, "async_save": True, "keep_last": 2}
-    )
+    checkpoint = {"every_steps": 20, "async_save": True, "keep_last": 2, "rehearse": False}
+    recipe = project(project_folder, train={"max_steps": STEPS}, checkpoint=checkpoint)
     process = launcher("run", recipe, f"run.dir={disk}")
     heard = Heard(process)
     run = RunDirectory(disk / "tiny")

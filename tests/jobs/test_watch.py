@@ -30,8 +30,8 @@ os.environ["LAUNCHER_HEARTBEAT"] = sys.argv[1]
 beat.begin(int(sys.argv[2]))
 for step in range(4):
     beat.beat("forward", step)
-print("stands", flush=True)
 def stand_still():
+    print("stands", flush=True)
     while True:
         time.sleep(3600)
 stand_still()
