@@ -60,6 +60,7 @@ def set_steps(recipe: Path, steps: int) -> None:
     run = run_of(recipe)
     values = run.read_recipe()
     values["train"]["max_steps"] = steps
+    values["optimizer"]["schedule_steps"] = steps
     run.write_recipe(values)
 
 
