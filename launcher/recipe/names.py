@@ -110,7 +110,7 @@ def meant(key: str, allowed: list[str]) -> str:
         found = elsewhere[0]
     elif close := difflib.get_close_matches(name, allowed, n=1, cutoff=0.55):
         found = f"{key.rpartition('.')[0]}.{close[0]}".lstrip(".")
-    elif close := difflib.get_close_matches(name, [full.rpartition(".")[2] for full in known_keys()], n=1, cutoff=0.7):
+    elif close := difflib.get_close_matches(name, [full.rpartition(".")[2] for full in known_keys()], n=1, cutoff=0.8):
         found = next(full for full in known_keys() if full.rpartition(".")[2] == close[0])
     else:
         return ""
