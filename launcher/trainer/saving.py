@@ -85,8 +85,7 @@ class Saver:
 
         One that is still in flight is waited for: checkpoints are written in order, and there is memory for one copy.
         """
-        while self._manager.in_flight(wait_s=1.0):
-            self._say_stall("The next checkpoint waits for it.")
+        self._await_save("The next checkpoint waits for it.")
         self._last, self._retry_at, self._needs = time.monotonic(), None, None
         self.saved_step = step
         self._engine.ensure_state()
@@ -119,8 +118,7 @@ class Saver:
                 time.sleep(2.0 ** (attempt - 1))
             if attempt or not self._all(self.saved_step == step, device):
                 self.save(step)
-            while self._manager.in_flight(wait_s=1.0):
-                self._say_stall("The run waits for its last checkpoint.")
+            self._await_save("The run waits for its last checkpoint.")
             status = self._manager.wait()
             if status.state == "failed":
                 self._postpone(status, then="It is tried again." if attempt + 1 < DURABLE_TRIES else "")
@@ -150,6 +148,12 @@ class Saver:
         if self._rank == 0:
             print(f"warning: no checkpoint was written: {self._problem}. {then}".rstrip(), flush=True)
         self._retry_s = min(2 * self._retry_s, LONGEST_RETRY_S)
+
+    def _await_save(self, meanwhile: str) -> None:
+        """Wait until no save is in flight; a stall is said, and so is its end."""
+        while self._manager.in_flight(wait_s=1.0):
+            self._say_stall(meanwhile)
+        self._say_stall(meanwhile)
 
     def _say_stall(self, meanwhile: str) -> None:
         """Say once that storage does not answer, and since when; and once that it does again."""

@@ -236,7 +236,7 @@ def test_F19_a_launcher_killed_in_a_pause_while_preparing_or_while_a_rank_is_bei
 ):
     """F19: the launcher is killed while it waits to start again, while a child prepares the data, and between the fork
     of a rank and its first line of code, where the rank has not yet asked to die with its parent."""
-    changes = ["checkpoint.every_steps=null", "train.max_steps=1000000", "cluster.restart.backoff_s=600"]
+    changes = ["checkpoint.every_steps=null", "train.max_steps=1000000", "cluster.restart.backoff_s=300"]
     started = Started(recipe, "f19-pause", *changes)
     os.kill(started.ranks[0], signal.SIGKILL)
     until("the pause", lambda: attempts(started.run)[-1].end_again or started.process.poll() is not None)

@@ -25,7 +25,7 @@ def test_summary_has_the_documented_keys_from_the_first_moment_on(tmp_path):
     summary = summarise(make_run(tmp_path))
     assert set(summary) == {
         "version", "run", "path", "run_id", "status", "step", "total_steps", "attempt", "attempts", "last_checkpoint",
-        "save_every", "rehearsal", "failure", "loss", "loss_step", "evaluation", "guards", "updated", "owner",
+        "save_every", "rehearsal", "failure", "loss", "loss_step", "evaluation", "guards", "slow", "updated", "owner",
         "stop_requested", "verdict",
     }  # fmt: skip
     assert (summary["run"], summary["status"], summary["attempt"], summary["attempts"]) == ("demo", "queued", 0, [])
