@@ -93,10 +93,10 @@ class Agent:
         if not known:
             raise self._error
         rank, failure = next(iter(known.items()))
-        processes = enumerate(RankProcess.started[self._first :], start=rank - failure.local_rank)
+        before = rank - failure.local_rank  # ranks of the nodes before this one
         return {
-            rank: self._kills.explained(ended(process.exitcode), process.pid)
-            for rank, process in processes
+            before + process.local_rank: self._kills.explained(ended(process.exitcode), process.pid)
+            for process in sorted(RankProcess.started[self._first :], key=lambda process: process.local_rank)
             if process.exitcode and not process.ended_by_us
         }
 
@@ -145,12 +145,13 @@ class RankProcess(ForkServerProcess):
     take SIGTERM as a request to stop at the next step, which without their peer never comes: here it kills.
     """
 
-    started: ClassVar[list[RankProcess]] = []  # of this launcher, in the order of local ranks
+    started: ClassVar[list[RankProcess]] = []  # of this launcher, as they came: torch starts them side by side
     asked: ClassVar[bool] = False  # the fork server has been asked for one more
     ended_by_us = False
 
     def start(self) -> None:
-        *_, self._error_file = self._args  # type: ignore[attr-defined]  # torch.multiprocessing.spawn._wrap; gone later
+        # of torch.multiprocessing.spawn._wrap; gone later
+        _, self.local_rank, _, self._error_file = self._args  # type: ignore[attr-defined]
         RankProcess.asked = True
         try:
             super().start()
