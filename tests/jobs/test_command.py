@@ -23,7 +23,8 @@ SAY = (
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    return project(tmp_path_factory.mktemp("command"))
+    budgets = {"no_progress": 9}  # no start here writes a checkpoint
+    return project(tmp_path_factory.mktemp("command"), cluster={"restart": budgets})
 
 
 def worker(recipe, *command: str, name: str = "tiny", restart: int = 0, **more):

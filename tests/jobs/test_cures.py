@@ -171,7 +171,15 @@ def test_the_end_of_a_run_says_what_to_do_below_the_failure(tmp_path: Path):
 
 
 def test_status_says_what_to_do_below_the_first_failure():
-    failure = {"rank": 1, "node": "n1", "class": "node", "message": "RuntimeError", "traceback": "... " + FULL.message}
+    failure = {
+        "rank": 1,
+        "node": "n1",
+        "step": 3,
+        "time": None,
+        "class": "node",
+        "message": "RuntimeError",
+        "traceback": "... " + FULL.message,
+    }
     *_, advice = status._failure(failure)
     assert advice.startswith("what to do: Free space or quota where the run lies")
     assert len(list(status._failure({**failure, "traceback": None}))) == 1
