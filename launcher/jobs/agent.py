@@ -150,8 +150,11 @@ class RankProcess(ForkServerProcess):
     ended_by_us = False
 
     def start(self) -> None:
-        # of torch.multiprocessing.spawn._wrap; gone later
-        _, self.local_rank, _, self._error_file = self._args  # type: ignore[attr-defined]
+        arguments: tuple[Any, ...] = self._args  # type: ignore[attr-defined]  # gone later
+        if len(arguments) != 4:  # not of torch.multiprocessing.spawn._wrap: a process of our own, as for the data
+            super().start()
+            return
+        _, self.local_rank, _, self._error_file = arguments
         RankProcess.asked = True
         try:
             super().start()

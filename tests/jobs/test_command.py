@@ -33,9 +33,9 @@ def worker(recipe, *command: str, name: str = "tiny", restart: int = 0, **more):
 
 
 def test_a_command_that_is_not_there_is_refused_before_anything_is_written(recipe):
-    _, err = finish(worker(recipe, "srnu", "-N2"), code=2)
+    _, err = finish(worker(recipe, "srnu", "-N2", name="never"), code=2)
     assert "-- srnu: expected a command that starts the ranks" in err
-    assert not run_of(recipe).path.joinpath("recipe.yaml").exists()
+    assert not run_of(recipe, "never").path.joinpath("recipe.yaml").exists()
 
 
 def test_what_the_ranks_said_decides_and_a_command_that_said_nothing_is_told(recipe):
