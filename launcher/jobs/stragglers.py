@@ -1,6 +1,7 @@
 """Which ranks are slow, from the paces of all: robust against single slow steps, so it names late but seldom wrongly.
 
-Paces are compared by groups of steps that all ranks have done. A rank is slow where it was in all of the last groups.
+Paces are compared by groups of steps that all ranks have done. A rank is slow where it was in all of the last groups,
+or in all but one.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def stragglers(paces: Mapping[int, Mapping[int, Pace]], factor: float) -> list[S
             seen = [measure(own[group], [other[group] for other in paces.values()]) for group in groups]
             ratios, owns, medians = zip(*seen, strict=True)
             own_s, median_s, ratio = statistics.median(owns), statistics.median(medians), statistics.median(ratios)
-            if min(ratios) >= factor and (kind == "data" or own_s >= factor * median_s):
+            if sorted(ratios)[1] >= factor and (kind == "data" or own_s >= factor * median_s):
                 found.append(Straggler(rank, kind, ratio, own_s, median_s, *steps))  # type: ignore[arg-type]
     return found
 
