@@ -497,7 +497,7 @@ def tell(run: RunDirectory, attempt: int, ending: Ending, console: Console) -> N
         if ending.verdict is not None and not ending.for_good:
             console.say(f"verdict: {ending.verdict} ({ending.why})")
         if ending.verdict == "requeue" and _by_hand(run, attempt) is not None:
-            console.say(f"nothing starts it again by itself. {_how_to_go_on(run, attempt)}")
+            console.say(f"it was started by hand, so the next start is yours to make. {_how_to_go_on(run, attempt)}")
         console.say(f"logs: launcher logs {run.path}, files in {run.path / 'logs' / f'attempt-{attempt}'}")
 
 

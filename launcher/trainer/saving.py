@@ -51,6 +51,7 @@ class Saver:
         self._retry_s = FIRST_RETRY_S
         self._needs: int | None = None  # bytes that have to be free before it is tried again
         self._look_at = 0.0
+        self._told_of_space = False  # that there is too little, since the last save that ended well
         self._stalled: float | None = None  # when storage last answered before it fell silent, once that was said
         self._problem = "another rank could not write its part"
 
@@ -101,6 +102,9 @@ class Saver:
                 self._postpone(status)
             else:
                 ended, self._retry_s = True, FIRST_RETRY_S
+                if self._told_of_space and self._rank == 0:
+                    print(f"there is space again: the checkpoint of step {status.step} is written", flush=True)
+                self._told_of_space = False
                 if self.interval is not None and status.durable_s:
                     self.interval.measured(blocked_s=status.blocked_s, durable_s=status.durable_s)
                 if status.reason and self._rank == 0:
@@ -142,6 +146,9 @@ class Saver:
         if status.needs is not None and free is not None and free < status.needs + _MARGIN:
             self._needs, self._look_at = status.needs + _MARGIN, now + SPACE_LOOK_S
             self._retry_at = now + LONGEST_RETRY_S  # a disk may say less than is true
+        known, self._told_of_space = self._told_of_space, self._needs is not None
+        if then is None and known and self._told_of_space:
+            return  # saves that fall due on a full disk are no news; one that ends well is, and is said
         if then is None:
             when = "as soon as there is space" if self._needs is not None else f"in {self._retry_s:.0f} s"
             then = f"Training goes on and it is tried again {when}."

@@ -101,7 +101,7 @@ def test_a_failed_save_is_said_tried_again_after_a_while_and_ever_later(clock: S
 def test_a_save_that_lacked_space_is_tried_again_when_there_is_enough_and_not_before(
     clock: SimpleNamespace, capsys: Any
 ) -> None:
-    manager = Manager("failed", "done")
+    manager = Manager("failed", "failed", "done")
     manager.needs = 1 << 20
     one = saver(manager, every_steps=None)
     one.save(3)
@@ -110,13 +110,17 @@ def test_a_save_that_lacked_space_is_tried_again_when_there_is_enough_and_not_be
     for _ in range(500):
         clock.now += 1
         assert not one.wanted()
+    one.save(6)  # due by its step: that the disk is still full is no news
+    assert not one.look()
+    assert capsys.readouterr().out == ""
     manager.free = 2 << 20
     clock.now += saving.SPACE_LOOK_S
     assert one.wanted()
     one.save(9)
     assert one.look()
     assert not one.wanted()
-    assert manager.saved == [3, 9]
+    assert manager.saved == [3, 6, 9]
+    assert capsys.readouterr().out == "there is space again: the checkpoint of step 9 is written\n"
 
 
 def test_a_disk_that_is_full_by_another_measure_than_bytes_is_tried_by_the_clock(clock: SimpleNamespace) -> None:
